@@ -1,0 +1,128 @@
+"""``hacl-llava``: the tools beside training. Floor 5; each command imports what it needs when it runs."""
+
+import argparse
+import sys
+
+from . import __version__
+from .config import HaclError
+
+KNOWN_TO_WORK = (
+    # transformers, accelerate, peft: what CI runs
+    ("4.37", "0.34", "0.10"),
+    ("4.57", "1.15", "0.21"),
+    ("5.23", "1.15", "0.21"),
+)
+
+
+def _env(args):
+    """Print versions and devices; exit status 1 if something needed is missing."""
+    import importlib.metadata
+    import platform
+
+    def version(name):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    names = ("torch", "transformers", "accelerate", "peft", "deepspeed", "sentencepiece", "protobuf", "einops")
+    found = {name: version(name) for name in names}
+    rows = [("hacl_llava", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
+    rows += [(name, found[name] or "MISSING") for name in names]
+    rows.append(("llava", version("llava-torch") or version("llava") or "MISSING"))
+    notes, ok = [], all(found.values())
+    if found["torch"]:
+        import torch
+
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        rows.append(("devices", ", ".join(devices) or "cpu only"))
+        rows.append(("cuda / bf16", f"{torch.version.cuda} / {torch.cuda.is_bf16_supported() if devices else 'cpu'}"))
+    for name, value in rows:
+        print(f"{name:14} {value}")
+    try:
+        from . import compat  # noqa: F401
+
+        notes.append("llava: imports, with the shims that this transformers needs")
+    except ImportError as error:
+        ok = False
+        notes.append(f"llava: {error}")
+    stack = tuple(".".join((found[n] or "0").split(".")[:2]) for n in ("transformers", "accelerate", "peft"))
+    named = "transformers {}, accelerate {}, peft {}".format(*stack)
+    if stack in KNOWN_TO_WORK:
+        notes.append(f"{named}: tested together")
+    else:
+        tested = "; ".join("transformers {}, accelerate {}, peft {}".format(*s) for s in KNOWN_TO_WORK)
+        notes.append(f"{named}: not a tested combination (tested are: {tested})")
+    if found["torch"] and tuple(int(x) for x in found["torch"].split(".")[:2]) < (2, 1):
+        ok = False
+        notes.append(f"torch {found['torch']} is older than 2.1; run: pip install 'torch>=2.1'")
+    print()
+    for note in notes:
+        print(f"- {note}")
+    return 0 if ok else 1
+
+
+def _patch(args):
+    from .patching import patch
+
+    print(patch(args.path, check=args.check, revert=args.revert))
+    return 0
+
+
+def _demo(args):
+    from .miniature.demo import run
+
+    return run(args.output, images=args.images, epochs=args.epochs, seed=args.seed, processes=args.processes)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="hacl-llava",
+        description="HACL for LLaVA: contrast images with captions and hallucinated captions in stage-1 pretraining.",
+        epilog="Training itself: deepspeed scripts/pretrain_hacl.py --help, or python -m hacl_llava.train --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"hacl_llava {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("env", help="versions, devices, and whether they are known to work together")
+    command.set_defaults(run=_env)
+
+    command = commands.add_parser(
+        "patch",
+        help="teach LLaVA's own train_mem.py the flag --use_hacl",
+        description="Add two lines to llava/train/train.py, after which LLaVA's own training scripts take --use_hacl "
+        "and the --hacl_* flags. Without the flag they do what they did before.",
+    )
+    command.add_argument("path", metavar="PATH", help="a LLaVA checkout, an installed llava folder, or its train.py")
+    action = command.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="only say whether it can be applied or is applied")
+    action.add_argument("--revert", action="store_true", help="take the two lines out again")
+    command.set_defaults(run=_patch)
+
+    command = commands.add_parser(
+        "demo",
+        help="stage 1 with HACL on a rendered miniature, from nothing, on a CPU",
+        description="Render images with captions and hallucinated captions, make a tiny LLM and vision tower, train "
+        "a projector with HACL through DeepSpeed, and say what it learnt.",
+    )
+    command.add_argument("--output", default="runs/demo", help="folder for everything made (default: %(default)s)")
+    command.add_argument("--images", type=int, default=4000, help="training images (default: %(default)s)")
+    command.add_argument("--epochs", type=int, default=4, help="passes over them (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of scenes, models and training (default: %(default)s)")
+    command.add_argument("--processes", type=int, default=1, help="ranks for DeepSpeed (default: %(default)s)")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def main(argv=None):
+    """Run one command; a mistake in what was given ends with one line and exit status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (HaclError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

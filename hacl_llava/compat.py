@@ -1,0 +1,192 @@
+"""The one file that knows versions of transformers, accelerate and torch. Floor 1.
+
+Importing it makes stock `llava` work on transformers 4.37.2 to 5.x and imports it; so everything here that needs
+`llava` imports this first. Each shim says why it is there and when it can go. Nothing is changed where the installed
+versions do not need it.
+"""
+
+import functools
+import inspect
+import os
+
+LLAVA_INSTALL = "pip install --no-deps llava-torch==1.2.2.post1"
+LLAVA_VERSION = "1.2.2.post1"
+
+
+class LlavaNotUsable(ImportError):
+    """`llava` is missing, is another package, or lacks something that HACL builds on."""
+
+
+def _parameters(function):
+    return inspect.signature(function).parameters
+
+
+# --- before llava.train is imported -----------------------------------------------------------------------------------
+
+
+def _layernorm_list():
+    # llava.train.llava_trainer imports ALL_LAYERNORM_LAYERS from transformers.trainer, which no longer re-exports it
+    # (gone by 4.57). It named the layers without weight decay, LlamaRMSNorm among them. Goes with transformers 4.37.
+    import transformers.trainer
+
+    if not hasattr(transformers.trainer, "ALL_LAYERNORM_LAYERS"):
+        from torch import nn
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+        from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+
+        transformers.trainer.ALL_LAYERNORM_LAYERS = [nn.LayerNorm, LlamaRMSNorm, MistralRMSNorm]
+
+
+# As LLaVA's scripts spell it -> what newer transformers call it (evaluation_strategy: 4.46; warmup_ratio: 5.0, where
+# warmup_steps below 1 is a ratio). An alias is made only where the old name is unknown and the new one is known.
+RENAMED_ARGUMENTS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "no_cuda": "use_cpu"}
+
+
+def _argument_aliases():
+    # LLaVA's scripts are many and stay as they are. Goes when LLaVA's scripts change.
+    import transformers
+
+    if getattr(transformers.HfArgumentParser, "_hacl_aliases", False):
+        return
+
+    class HfArgumentParser(transformers.HfArgumentParser):
+        _hacl_aliases = True
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            known = self._option_string_actions
+            for old, new in RENAMED_ARGUMENTS.items():
+                if f"--{old}" not in known and f"--{new}" in known:
+                    known[f"--{new}"].option_strings.append(f"--{old}")
+                    known[f"--{old}"] = known[f"--{new}"]
+
+    transformers.HfArgumentParser = HfArgumentParser
+
+
+def _deepspeed_on_cpu():
+    # Without an accelerator, recent accelerate finds no backend for a DeepSpeed start and reports a world of one
+    # process, so that every rank would train alone. DeepSpeed itself runs on CPU over gloo. Seen with accelerate
+    # 1.15; goes when PartialState._prepare_backend answers gloo for it.
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+        return
+    from accelerate.state import DistributedType, PartialState
+
+    prepare = PartialState._prepare_backend
+    if getattr(prepare, "_hacl", False):
+        return
+
+    @functools.wraps(prepare)
+    def _prepare_backend(self, *args, **kwargs):
+        backend, kind = prepare(self, *args, **kwargs)
+        launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
+        if launched and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            # DeepSpeed would compile a shared-memory op now, which takes half a minute and a C++ compiler; gloo does
+            # the same work. Goes when the op is optional.
+            import deepspeed.ops
+
+            getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+            if backend is None:
+                return "gloo", DistributedType.MULTI_CPU
+        return backend, kind
+
+    _prepare_backend._hacl = True
+    PartialState._prepare_backend = _prepare_backend
+
+    # transformers refuses --bf16 without a GPU unless --use_cpu is given, and --use_cpu makes accelerate bypass
+    # DeepSpeed. torch's CPU build does have bfloat16. Goes when the two can be told apart.
+    import transformers.training_args as arguments
+
+    arguments.is_torch_bf16_gpu_available = lambda: True
+
+
+# --- after llava is imported ------------------------------------------------------------------------------------------
+
+
+def _forward_arguments(model_class):
+    # generate() hands cache_position (transformers >= 4.38) and logits_to_keep (>= 4.45) to forward, which stock LLaVA
+    # refuses (haotian-liu/LLaVA issue 1218). Neither changes a result: the first is derived from the cache when
+    # missing, the second only saves logits. Goes when LLaVA's forward takes them.
+    forward = model_class.forward
+    if "cache_position" in _parameters(forward):
+        return
+
+    @functools.wraps(forward)
+    def wrapped(self, *args, cache_position=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    extra = inspect.Parameter("cache_position", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    # No **kwargs in what others see: the Trainer takes them as "the loss is already divided by accumulation steps".
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
+    model_class.forward = wrapped
+
+
+def _trainer_methods(trainer_class):
+    # LLaVATrainer overrides four methods with the signatures of transformers 4.36. Each can go when LLaVA's does.
+    from transformers import Trainer
+
+    if "tokenizer" not in _parameters(Trainer.__init__):  # renamed in 4.46, the old name gone in 5.0
+
+        def __init__(self, *args, tokenizer=None, processing_class=None, **kwargs):
+            Trainer.__init__(self, *args, processing_class=processing_class or tokenizer, **kwargs)
+
+        trainer_class.__init__ = __init__
+
+    sampler = trainer_class._get_train_sampler
+    if "train_dataset" in _parameters(Trainer._get_train_sampler) and "train_dataset" not in _parameters(sampler):
+
+        @functools.wraps(sampler)
+        def _get_train_sampler(self, train_dataset=None):
+            return sampler(self)
+
+        trainer_class._get_train_sampler = _get_train_sampler
+
+    create = trainer_class.create_optimizer
+    if "model" in _parameters(Trainer.create_optimizer) and "model" not in _parameters(create):
+
+        @functools.wraps(create)
+        def create_optimizer(self, model=None):
+            return create(self)
+
+        trainer_class.create_optimizer = create_optimizer
+
+    save = trainer_class._save_checkpoint
+    if "metrics" not in _parameters(Trainer._save_checkpoint) and "metrics" in _parameters(save):
+
+        @functools.wraps(save)
+        def _save_checkpoint(self, model, trial):
+            if getattr(self.args, "tune_mm_mlp_adapter", False):
+                return save(self, model, trial)
+            return Trainer._save_checkpoint(self, model, trial)
+
+        trainer_class._save_checkpoint = _save_checkpoint
+
+
+def _import_llava():
+    try:
+        import llava
+    except ImportError as error:
+        if getattr(error, "name", None) != "llava":
+            raise LlavaNotUsable(f"llava cannot be imported ({error}); see: hacl-llava env") from error
+        raise LlavaNotUsable(f"llava is not installed; run: {LLAVA_INSTALL}") from None
+    try:
+        from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
+        from llava.train.llava_trainer import LLaVATrainer
+    except ImportError as error:
+        # llava.model hides its own import errors, so the name of what is missing is all there is.
+        where = getattr(llava, "__file__", None) or list(getattr(llava, "__path__", ["?"]))[0]
+        raise LlavaNotUsable(
+            f"the llava at {where} is not LLaVA {LLAVA_VERSION} or does not work here ({error}); run: {LLAVA_INSTALL}"
+        ) from error
+    return LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer
+
+
+_layernorm_list()
+_argument_aliases()
+_deepspeed_on_cpu()
+LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
+_forward_arguments(LlavaLlamaForCausalLM)
+_forward_arguments(LlavaMistralForCausalLM)
+_trainer_methods(LLaVATrainer)

@@ -1,0 +1,104 @@
+"""Every HACL setting in one checked place. Floor 0: standard library only."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
+
+NEGATIVES = ("own", "batch", "global")
+
+
+class HaclError(ValueError):
+    """A mistake in settings or input; the message says what was got, what is allowed, and what to do."""
+
+
+def _setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class HaclConfig:
+    """Settings of HACL, checked when made.
+
+    Each field is also a command-line flag with the prefix ``--hacl_`` (``weight`` is ``--hacl_weight``), and the whole
+    is kept under the key ``"hacl"`` of the model's config.json.
+
+    Raises:
+        HaclError: a value is out of range, or two values do not go together.
+    """
+
+    weight: float = _setting(1.0, "Weight of the contrastive loss: loss_lm + weight * (loss_i2t + loss_t2i) / 2.")
+    temperature: float = _setting(0.07, "Temperature at the start; it stays within [0.001, 0.5].")
+    learnable_temperature: bool = _setting(True, "Train the temperature (on a log scale).")
+    negatives: Literal["own", "batch", "global"] = _setting(
+        "own",
+        "Whose hallucinated captions are candidates for an image: its own (the paper's formula), those of the batch "
+        "on its rank (the released code), or those of all ranks.",
+    )
+    num_hallucinated: int = _setting(
+        -1,
+        "Hallucinated captions used per image: -1 takes all a record has, 0 contrasts images with captions only, "
+        "K takes the first K.",
+    )
+    queue_size: int = _setting(
+        0, "Past image and caption features kept as further negatives (the paper: 16384; 0: none). Any number will do."
+    )
+    gather: bool = _setting(True, "Contrast over the batches of all ranks, with gradient; False: each rank on its own.")
+    head_dim: int = _setting(
+        -1,
+        "Width of the two projection heads: -1 is a quarter of the LLM's hidden size (the released code), 0 means no "
+        "heads, contrast in the LLM's own space (the paper's formula).",
+    )
+    fused: bool = _setting(
+        True,
+        "Share the generation pass with the visual representation, and compute logits on supervised positions only; "
+        "False: a separate pass and full logits (the same result, slower).",
+    )
+    visual_bos: bool = _setting(
+        True,
+        "Start the visual sequence with what stands before the image (BOS), as the captions do; False: the image "
+        "tokens alone, as the released code has it (needs --hacl_fused False).",
+    )
+
+    def __post_init__(self):
+        def refuse(name, allowed):
+            raise HaclError(f"hacl_{name} is {getattr(self, name)!r}, allowed is {allowed}.")
+
+        if not self.weight >= 0:
+            refuse("weight", "a number >= 0 (1.0 is the paper's)")
+        if not 0.001 <= self.temperature <= 0.5:
+            refuse("temperature", "a number from 0.001 to 0.5 (0.07 is the usual start)")
+        if self.negatives not in NEGATIVES:
+            refuse("negatives", f"one of {', '.join(NEGATIVES)}")
+        if self.num_hallucinated < -1:
+            refuse("num_hallucinated", "-1 (all) or a number >= 0")
+        if self.queue_size < 0:
+            refuse("queue_size", "0 (no queue) or a number > 0 (16384 is the paper's)")
+        if self.head_dim < -1:
+            refuse("head_dim", "-1 (a quarter of the hidden size), 0 (no heads) or a number > 0")
+        if self.fused and not self.visual_bos:
+            refuse(
+                "visual_bos", "True while hacl_fused is True (the shared pass has a BOS); set --hacl_fused False too"
+            )
+        if self.negatives == "global" and not self.gather:
+            refuse("negatives", "'own' or 'batch' while hacl_gather is False")
+
+    @classmethod
+    def from_arguments(cls, arguments):
+        """Read the ``hacl_*`` attributes of parsed arguments; an attribute that is missing keeps its default."""
+        names = [f.name for f in fields(cls)]
+        return cls(**{n: getattr(arguments, f"hacl_{n}") for n in names if hasattr(arguments, f"hacl_{n}")})
+
+    @classmethod
+    def from_dict(cls, values):
+        """Rebuild from ``to_dict``; keys that this version does not know are refused by name."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise HaclError(f"unknown HACL settings {unknown}; known are {[f.name for f in fields(cls)]}.")
+        return cls(**values)
+
+    def to_dict(self):
+        return asdict(self)
+
+
+def hacl_argument_fields():
+    """``(name, type, field)`` of each ``--hacl_*`` flag, as ``dataclasses.make_dataclass`` takes them."""
+    return [(f"hacl_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in fields(HaclConfig)]

@@ -1,0 +1,107 @@
+"""HACL inside LLaVA's own train(): five of its names replaced. Floor 4.
+
+This module is imported at the head of a patched llava/train/train.py, before LLaVA's trainer, so that `compat` has
+done its work by then; whatever itself imports llava.train.train waits for `install`.
+"""
+
+import dataclasses
+import os
+
+from . import compat
+from .config import HaclConfig, HaclError, hacl_argument_fields
+
+NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
+_STOCK = "_hacl_stock_names"
+USE_HACL = "Train with HACL: contrast each image with its caption, with hallucinated captions as hard negatives."
+
+
+def install(namespace, use_hacl=False):
+    """Let LLaVA's train() know ``--use_hacl`` and the ``--hacl_*`` flags.
+
+    `train()` looks its classes up as globals of its module while it runs; five of them are replaced here. When the
+    command line then says ``--use_hacl False``, model, trainer and data are put back, and what runs is stock LLaVA.
+    Calling it again changes only the default; `uninstall` undoes it.
+
+    Args:
+        namespace: the globals of llava.train.train (``globals()`` in a patched checkout).
+        use_hacl: the default of ``--use_hacl``.
+
+    Raises:
+        compat.LlavaNotUsable: a name is missing, so this is not the train.py that HACL knows.
+    """
+    stock = namespace.get(_STOCK)
+    if stock is None:
+        missing = [name for name in NAMES if name not in namespace]
+        if missing:
+            raise compat.LlavaNotUsable(
+                f"{namespace.get('__name__', 'the namespace')} has no {', '.join(missing)}: this is not the train.py of "
+                f"LLaVA {compat.LLAVA_VERSION}; run: {compat.LLAVA_INSTALL}"
+            )
+        stock = namespace[_STOCK] = {name: namespace[name] for name in NAMES}
+
+    from .data import make_hacl_data_module
+    from .modeling import HaclLlavaLlamaForCausalLM
+    from .trainer import HaclTrainer
+
+    hacl = {
+        "LlavaLlamaForCausalLM": HaclLlavaLlamaForCausalLM,
+        "LLaVATrainer": HaclTrainer,
+        "make_supervised_data_module": make_hacl_data_module,
+    }
+
+    def choose(model_arguments):
+        namespace.update({name: (hacl if model_arguments.use_hacl else stock)[name] for name in hacl})
+
+    namespace.update(hacl, **_argument_classes(stock, use_hacl, choose))
+
+
+def uninstall(namespace):
+    """Put LLaVA's own names back."""
+    namespace.update(namespace.pop(_STOCK, {}))
+
+
+def _argument_classes(stock, use_hacl, choose):
+    """LLaVA's ModelArguments and DataArguments with HACL's flags, which check what they are given.
+
+    ``choose`` is called with the parsed model arguments, before train() looks up anything else.
+    """
+    parsed = {}
+
+    def check_model_arguments(arguments):
+        parsed["model"] = arguments
+        choose(arguments)
+        if not arguments.use_hacl:
+            return
+        HaclConfig.from_arguments(arguments)  # refuses wrong values before anything is loaded
+        if arguments.vision_tower is None:
+            raise HaclError(
+                "--use_hacl contrasts images: give --vision_tower, the name or folder of a CLIP checkpoint."
+            )
+        if "mpt" in arguments.model_name_or_path:
+            raise HaclError(
+                f"--model_name_or_path {arguments.model_name_or_path}: LLaVA takes a name with 'mpt' in it for an MPT "
+                "model, and HACL is for Llama-family models; give the folder another name."
+            )
+
+    def check_data_arguments(arguments):
+        model = parsed["model"]
+        if not model.use_hacl:
+            return
+        from .data import DataError, check_records, read_records
+
+        if not arguments.data_path:
+            raise DataError("--data_path is missing: give it a LLaVA-format json.")
+        arguments.hacl_num_hallucinated = model.hacl_num_hallucinated  # for the dataset, which sees only these
+        records = read_records(arguments.data_path)
+        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # once a machine; the launcher ends the others with this one
+            check_records(arguments.data_path, records, arguments.image_folder, plain=model.version == "plain")
+
+    def extended(name, fields, check):
+        # LLaVA's own first in the help, ours behind it.
+        return dataclasses.make_dataclass(name, fields, bases=(stock[name],), namespace={"__post_init__": check})
+
+    flag = ("use_hacl", bool, dataclasses.field(default=use_hacl, metadata={"help": USE_HACL}))
+    return {
+        "ModelArguments": extended("ModelArguments", [flag, *hacl_argument_fields()], check_model_arguments),
+        "DataArguments": extended("DataArguments", [], check_data_arguments),
+    }

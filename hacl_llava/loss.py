@@ -1,0 +1,259 @@
+"""The contrastive loss of HACL: equations for L_v and L_t of arXiv 2312.06968, exact across ranks.
+
+Floor 0: torch alone. Everything here runs in float32 (float64 if the features are), also under autocast.
+
+Shapes: B batch on one rank, W ranks, N = W * B, K hallucinated captions per image, P feature size, Q queue size.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from .config import NEGATIVES
+
+
+def _world():
+    """(rank, number of ranks) of the default process group; (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class _GatherFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features):
+        ctx.rank, world = _world()
+        parts = [torch.empty_like(features) for _ in range(world)]
+        dist.all_gather(parts, features.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Every rank's loss depends on these features, so the gradient is the SUM over ranks, not this rank's share.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(_world()[1])[ctx.rank]
+
+
+def gather_features(features):
+    """Concatenate a tensor of all ranks along dimension 0, in rank order, with gradient.
+
+    Args:
+        features: ``[B, ...]``, the same shape on every rank.
+
+    Returns:
+        ``[W * B, ...]``. The backward sums the ranks' gradients, so that the mean over ranks that DDP or ZeRO takes
+        afterwards equals the gradient of one process on the joined batch. Without a process group, ``features``.
+    """
+    return features if _world()[1] == 1 else _GatherFeatures.apply(features)
+
+
+def _full_precision(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def hacl_loss(
+    image_features,
+    text_features,
+    hallucination_features=None,
+    hallucination_mask=None,
+    sample_mask=None,
+    temperature=0.07,
+    negatives="own",
+    gather=True,
+    queue=None,
+):
+    """HACL's two losses (arXiv 2312.06968) and two figures that people can read.
+
+    ``loss_i2t`` is the paper's L_v: image to text, with hallucinated captions as further candidates. ``loss_t2i`` is
+    L_t: text to image. Without hallucinated captions, ``loss`` is the symmetric loss of CLIP.
+
+    Args:
+        image_features: ``[B, P]``, unit norm.
+        text_features: ``[B, P]``, unit norm; row i is the caption of image i.
+        hallucination_features: ``[B, K, P]``, unit norm, or None. K must be the same on all ranks.
+        hallucination_mask: ``[B, K]`` bool, False where a hallucinated caption is missing; None means all are there.
+        sample_mask: ``[B]`` bool, False where a row has no image or no caption; such a row neither counts nor is a
+            candidate for another, and its hallucinated captions are dropped. None means that all rows count.
+        temperature: a float or a 0-d tensor (then with gradient).
+        negatives: whose hallucinated captions are candidates for an image: ``"own"`` (the paper's formula),
+            ``"batch"`` (this rank's batch, as the released code) or ``"global"`` (all ranks').
+        gather: contrast over the batches of all ranks.
+        queue: None, or ``(images [Q, P], texts [Q, P], mask [Q] bool)`` of past features: candidates without gradient.
+
+    Returns:
+        A dict of 0-d tensors: ``loss`` = (``loss_i2t`` + ``loss_t2i``) / 2, with gradient, normalised so that the mean
+        over ranks is the mean over all counted rows; and without gradient, for this rank alone,
+        ``retrieval_correct`` of ``retrieval_total`` images whose own caption is the closest among the captions of the
+        (gathered) batch, and ``closer_to_true`` of ``closer_total`` images that are closer to their caption than to
+        each of their own hallucinated ones. Also ``candidates``, what a queue takes: all ranks' detached features.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown ``negatives``.
+    """
+    if negatives not in NEGATIVES:
+        raise ValueError(f"negatives is {negatives!r}, allowed is one of {', '.join(NEGATIVES)}.")
+    if image_features.ndim != 2 or image_features.shape != text_features.shape:
+        raise ValueError(
+            f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "
+            "must both be [B, P]."
+        )
+    B, P = image_features.shape
+    h = hallucination_features
+    if h is not None and (h.ndim != 3 or h.shape[0] != B or h.shape[2] != P):
+        raise ValueError(f"hallucination_features {list(h.shape)} must be [B, K, P] with B = {B}, P = {P}.")
+    if h is None or h.shape[1] == 0:
+        h, K = None, 0
+    else:
+        K = h.shape[1]
+
+    device = image_features.device
+    if sample_mask is None:
+        sample_mask = torch.ones(B, dtype=torch.bool, device=device)
+    if h is not None and hallucination_mask is None:
+        hallucination_mask = torch.ones(B, K, dtype=torch.bool, device=device)
+    rank, world = _world() if gather else (0, 1)
+
+    with torch.autocast(device.type, enabled=False):
+        v, t = _full_precision(image_features), _full_precision(text_features)
+        # One gather for all there is to exchange: features, and the masks beside them.
+        packed = [v, t, sample_mask[:, None].to(v.dtype)]
+        if h is not None:
+            h = _full_precision(h)
+            h_mask = hallucination_mask & sample_mask[:, None]
+            if negatives == "global":
+                packed += [h.flatten(1), h_mask.to(v.dtype)]
+        packed = torch.cat(packed, dim=1)
+        everyone = gather_features(packed) if gather else packed
+        v_all, t_all, valid_all = everyone[:, :P], everyone[:, P : 2 * P], everyone[:, 2 * P].detach() > 0.5
+
+        candidates = (v_all.detach(), t_all.detach(), valid_all)
+        images, texts, valid = v_all, t_all, valid_all
+        if queue is not None:
+            # Copies, so that the queue may change before the backward.
+            images, texts, valid = (torch.cat([x, q.to(x)]) for x, q in zip((images, texts, valid), queue))
+        to_text, to_image = v @ texts.T, t @ images.T  # [B, N (+ Q)]
+        text_valid = image_valid = valid[None].expand(B, -1)
+        in_batch = to_text[:, : len(v_all)].detach().masked_fill(~valid_all[None], -torch.inf)
+
+        if h is not None:
+            own = torch.einsum("bp,bkp->bk", v, h)
+            if negatives == "own":
+                to_hallucinated, hallucinated_valid = own, h_mask
+            else:
+                pool, pool_mask = h.reshape(B * K, P), h_mask.reshape(-1)
+                if negatives == "global":
+                    pool = everyone[:, 2 * P + 1 : -K].reshape(-1, P)
+                    pool_mask = everyone[:, -K:].detach().reshape(-1) > 0.5
+                to_hallucinated, hallucinated_valid = v @ pool.T, pool_mask[None].expand(B, -1)
+            to_text = torch.cat([to_text, to_hallucinated], dim=1)
+            text_valid = torch.cat([text_valid, hallucinated_valid], dim=1)
+
+        target = torch.arange(B, device=device) + rank * B
+        count = valid_all.sum().clamp(min=1)
+
+        def contrast(similarity, valid):
+            # The lowest finite number, not -inf: a row that is masked itself then gives a finite loss, times zero.
+            logits = (similarity / temperature).masked_fill(~valid, torch.finfo(similarity.dtype).min)
+            losses = F.cross_entropy(logits, target, reduction="none")
+            return (losses * sample_mask).sum() * world / count
+
+        loss_i2t, loss_t2i = contrast(to_text, text_valid), contrast(to_image, image_valid)
+
+    with torch.no_grad():
+        true = in_batch.gather(1, target[:, None])
+        # Ties count as wrong: representations that have collapsed to one point must not look right.
+        correct = ((in_batch >= true).sum(1) == 1) & sample_mask
+        closer = closer_total = torch.zeros((), dtype=torch.long, device=device)
+        if h is not None:
+            hardest = own.detach().masked_fill(~h_mask, -torch.inf).amax(1)
+            has_own = h_mask.any(1)
+            closer, closer_total = ((true[:, 0] > hardest) & has_own).sum(), has_own.sum()
+    return {
+        "loss": (loss_i2t + loss_t2i) / 2,
+        "loss_i2t": loss_i2t,
+        "loss_t2i": loss_t2i,
+        "retrieval_correct": correct.sum(),
+        "retrieval_total": sample_mask.sum(),
+        "closer_to_true": closer,
+        "closer_total": closer_total,
+        "candidates": candidates,
+    }
+
+
+class HaclLoss(nn.Module):
+    """`hacl_loss` with a queue of past image and caption features (arXiv 2312.06968 uses 16,384 of them).
+
+    The queue is a ring: it takes any number of features at a time, whatever its size, and works with and without
+    hallucinated captions. It holds no parameters and no buffers, so it is never part of a checkpoint's weights;
+    `queue_state` and `load_queue_state` carry it over a restart.
+
+    Args:
+        negatives, gather: as in `hacl_loss`.
+        queue_size: Q; 0 for none.
+    """
+
+    def __init__(self, negatives="own", gather=True, queue_size=0):
+        super().__init__()
+        if negatives not in NEGATIVES:
+            raise ValueError(f"negatives is {negatives!r}, allowed is one of {', '.join(NEGATIVES)}.")
+        if queue_size < 0:
+            raise ValueError(f"queue_size is {queue_size}, allowed is a number >= 0.")
+        self.negatives, self.gather, self.queue_size = negatives, gather, queue_size
+        self._queue, self._position = None, 0
+
+    def forward(
+        self,
+        image_features,
+        text_features,
+        hallucination_features=None,
+        hallucination_mask=None,
+        sample_mask=None,
+        temperature=0.07,
+    ):
+        """See `hacl_loss`; in training mode, the batch joins the queue afterwards."""
+        result = hacl_loss(
+            image_features,
+            text_features,
+            hallucination_features,
+            hallucination_mask,
+            sample_mask,
+            temperature,
+            self.negatives,
+            self.gather,
+            self._queue,
+        )
+        candidates = result.pop("candidates")
+        if self.queue_size and self.training:
+            self._enqueue(*candidates)
+        return result
+
+    @torch.no_grad()
+    def _enqueue(self, images, texts, mask):
+        if self._queue is None:
+            shape = (self.queue_size, images.shape[1])
+            self._queue = (images.new_zeros(shape), images.new_zeros(shape), mask.new_zeros(self.queue_size))
+        images, texts, mask = (x[-self.queue_size :] for x in (images, texts, mask))
+        # Rows that do not count are stored with their mask: sorting them out would make the host wait for the device.
+        slots = (torch.arange(len(mask), device=mask.device) + self._position) % self.queue_size
+        for kept, new in zip(self._queue, (images, texts, mask)):
+            kept[slots] = new.to(kept.dtype)
+        self._position = (self._position + len(mask)) % self.queue_size
+
+    def queue_state(self):
+        """The queue as a dict of tensors and a number (empty before the first training batch)."""
+        if self._queue is None:
+            return {}
+        images, texts, mask = self._queue
+        return {"images": images, "texts": texts, "mask": mask, "position": self._position}
+
+    def load_queue_state(self, state):
+        """Restore `queue_state`. Raises ValueError if it is of another size."""
+        if not state:
+            self._queue, self._position = None, 0
+            return
+        if len(state["mask"]) != self.queue_size:
+            raise ValueError(f"the queue holds {len(state['mask'])} features, this loss wants {self.queue_size}.")
+        self._queue = tuple(state[k].clone() for k in ("images", "texts", "mask"))
+        self._position = int(state["position"])

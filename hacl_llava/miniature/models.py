@@ -1,0 +1,167 @@
+"""Tiny Llama and CLIP checkpoints on disk, laid out as the real ones are (Vicuna v1.5, openai/clip-vit-*).
+
+The LLM may be trained on captions for a moment, so that a frozen LLM has something to say; the vision tower keeps its
+random weights, which is enough for features that a projector can learn from.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from .world import SIZE, caption_of, make_scene
+
+
+def make_tokenizer(folder, seed=0, vocab_size=160):
+    """Train a sentencepiece model on captions and write it as Vicuna's: tokenizer.model and its two small json files."""
+    import sentencepiece
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    texts = [caption_of(make_scene(rng)) for _ in range(2000)]
+    texts += [
+        "Is there a red circle in the image? Answer yes or no.",
+        "USER: ASSISTANT: Describe the image briefly.",
+    ] * 50
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=vocab_size + 256 + 3,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",  # as Llama's: a line break stays one
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    special = {
+        f"{name}_token": {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        for name, text in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"))
+    }
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": 2048,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        **{k: {**v, "__type": "AddedToken"} for k, v in special.items()},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "<unk>"}, indent=2))
+
+
+def make_llm(folder, seed=0, steps=0, hidden_size=64, layers=2, progress=False):
+    """Write a Llama checkpoint with its tokenizer; ``steps`` > 0 trains it on captions of random scenes first.
+
+    Returns:
+        The mean loss of the last steps (nats per token), or None without training.
+    """
+    import torch
+    import transformers
+
+    folder = Path(folder)
+    make_tokenizer(folder, seed)
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=pieces.vocab_size(),
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 5 // 2,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
+        model = transformers.LlamaForCausalLM(config)
+        model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        loss = _train_on_captions(model, pieces, steps, seed, progress) if steps else None
+        model.save_pretrained(folder)
+    return loss
+
+
+def _train_on_captions(model, pieces, steps, seed, progress):
+    """Documents of two captions of one scene, its groups in another order after EOS: so EOS comes to sum up a text."""
+    import torch
+    from tqdm import tqdm
+
+    rng = random.Random(seed + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    losses = []
+    bar = tqdm(range(steps), desc="tiny LLM", disable=not progress)
+    for _ in bar:
+        rows = []
+        for _ in range(48):
+            scene = make_scene(rng)
+            row = [1, *pieces.encode(caption_of(scene)), 2]
+            row += pieces.encode(caption_of(rng.sample(scene, len(scene)))) + [2]
+            rows.append(torch.tensor(row))
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]
+        loss = model(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    return sum(losses[-20:]) / len(losses[-20:])
+
+
+def make_vision_tower(folder, seed=0, hidden_size=64, layers=2):
+    """Write a CLIP vision checkpoint with random weights and its image processor's settings (3 x 3 patches)."""
+    import safetensors.torch
+    import torch
+    import transformers
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 100)
+        config = transformers.CLIPVisionConfig(
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 2,
+            num_hidden_layers=layers + 1,  # LLaVA reads the layer before the last
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=SIZE // 3,
+            projection_dim=hidden_size,
+        )
+        model = transformers.CLIPVisionModel(config)
+    # Published CLIP checkpoints name their weights vision_model.*; transformers 5 would save without that prefix, and
+    # older versions would then take random weights instead. Written so, every version reads the same tower.
+    prefix = "vision_model."
+    weights = {prefix + k.removeprefix(prefix): v for k, v in model.state_dict().items() if "position_ids" not in k}
+    config.architectures = ["CLIPVisionModel"]
+    config.save_pretrained(folder)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    processor = {
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": SIZE},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))

@@ -1,0 +1,138 @@
+"""Scenes of coloured shapes, rendered with pillow, with captions and hallucinated captions, on disk in LLaVA's format.
+
+A scene is one to three groups of equal shapes in different cells of a 3 x 3 grid. A hallucinated caption changes one
+thing, of one of the four kinds that the paper's prompt names: existence, attribute, quantity, location.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIZE = 48
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "bar", "star")
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 70),
+    "blue": (40, 90, 220),
+    "yellow": (240, 200, 40),
+    "purple": (140, 60, 180),
+    "white": (245, 245, 245),
+}
+COUNTS = ("one", "two", "three")
+PLACES = (
+    "top left", "top", "top right",
+    "left", "middle", "right",
+    "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+KINDS = ("existence", "attribute", "quantity", "location")
+PROMPTS = ("Describe the image briefly.\n<image>", "<image>\nWhat is shown?", "Give a short caption.\n<image>")
+
+
+def make_scene(rng):
+    """One to three groups ``(count 1-3, colour, shape, cell 0-8)``; no two share a cell or a shape."""
+    number = rng.choice((1, 2, 2, 3))
+    return [
+        (rng.randint(1, 3), rng.choice(list(COLOURS)), shape, cell)
+        for shape, cell in zip(rng.sample(SHAPES, number), rng.sample(range(9), number))
+    ]
+
+
+def caption_of(scene):
+    """The scene in words: ``two red circles at the top left and one blue bar at the right``."""
+    parts = []
+    for count, colour, shape, cell in scene:
+        plural = "" if count == 1 else "es" if shape == "cross" else "s"
+        parts.append(f"{COUNTS[count - 1]} {colour} {shape}{plural} at the {PLACES[cell]}")
+    return " and ".join(parts)
+
+
+def hallucinate(scene, kind, rng):
+    """A copy of the scene with one group changed so that its caption is wrong in one way, and of the same length."""
+    scene = list(scene)
+    i = rng.randrange(len(scene))
+    count, colour, shape, cell = scene[i]
+    if kind == "existence":
+        shape = rng.choice([s for s in SHAPES if s not in {g[2] for g in scene}])
+    elif kind == "attribute":
+        colour = rng.choice([c for c in COLOURS if c != colour])
+    elif kind == "quantity":
+        count = rng.choice([c for c in (1, 2, 3) if c != count])
+    elif kind == "location":
+        cell = rng.choice([c for c in range(9) if c not in {g[3] for g in scene}])
+    else:
+        raise ValueError(f"kind is {kind!r}, allowed is one of {', '.join(KINDS)}.")
+    scene[i] = (count, colour, shape, cell)
+    return scene
+
+
+def render(scene, rng):
+    """The scene as a 48 x 48 RGB image on a dark, slightly varying background."""
+    image = Image.new("RGB", (SIZE, SIZE), tuple(rng.randint(15, 35) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    for count, colour, shape, cell in scene:
+        left, top = (cell % 3) * 16, (cell // 3) * 16
+        for centre in {1: [(8, 8)], 2: [(4, 8), (12, 8)], 3: [(4, 4), (12, 4), (8, 12)]}[count]:
+            _draw(draw, shape, left + centre[0], top + centre[1], 6 if count == 1 else 3, COLOURS[colour])
+    return image
+
+
+def _draw(draw, shape, x, y, r, colour):
+    box = (x - r, y - r, x + r, y + r)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "ring":
+        draw.ellipse(box, outline=colour, width=max(1, r // 3))
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "bar":
+        draw.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill=colour)
+    elif shape == "cross":
+        draw.line((x - r, y, x + r, y), fill=colour, width=max(1, r // 2))
+        draw.line((x, y - r, x, y + r), fill=colour, width=max(1, r // 2))
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=colour)
+    elif shape == "diamond":
+        draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=colour)
+    elif shape == "star":
+        draw.polygon(
+            [(x, y - r), (x + r, y + r), (x - r, y - r // 3), (x + r, y - r // 3), (x - r, y + r)], fill=colour
+        )
+
+
+def make_dataset(folder, count, seed=0, per_caption=1, name="train"):
+    """Render ``count`` scenes under ``folder`` in LLaVA-Pretrain's layout, the same for the same seed.
+
+    Args:
+        folder: gets ``<name>.json`` (LLaVA's records with ``hallucinated_captions``, a list of ``per_caption``
+            captions of different kinds) and ``images/<name>/00000/000000000.png`` ...
+        per_caption: 0 to 4.
+
+    Returns:
+        The path of the json; its images are relative to ``folder/images``.
+    """
+    rng = random.Random(f"{seed}/{name}")
+    folder = Path(folder)
+    records = []
+    for i in range(count):
+        scene = make_scene(rng)
+        image = f"{name}/{i // 1000:05d}/{i:09d}.png"
+        path = folder / "images" / image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        render(scene, rng).save(path)
+        record = {
+            "id": f"{name}-{i:09d}",
+            "image": image,
+            "conversations": [
+                {"from": "human", "value": rng.choice(PROMPTS)},
+                {"from": "gpt", "value": caption_of(scene)},
+            ],
+        }
+        kinds = rng.sample(KINDS, per_caption)
+        if kinds:
+            record["hallucinated_captions"] = [caption_of(hallucinate(scene, kind, rng)) for kind in kinds]
+        records.append(record)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return path

@@ -1,0 +1,123 @@
+"""One miniature world on disk for all tests, and models loaded the way LLaVA's train() loads them."""
+
+import json
+import os
+import types
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """Paths of a dataset of 32 images (two hallucinated captions each), a tiny LLM and a tiny vision tower."""
+    import torch
+
+    from hacl_llava.miniature import models, world
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("mini")
+    data = world.make_dataset(folder, 32, per_caption=2)
+    models.make_llm(folder / "llm", layers=2)
+    models.make_vision_tower(folder / "clip")
+    return types.SimpleNamespace(
+        folder=folder, data=data, images=folder / "images", llm=folder / "llm", clip=folder / "clip"
+    )
+
+
+@pytest.fixture(scope="session")
+def records(mini):
+    return json.loads(mini.data.read_text())
+
+
+def arguments(mini, output, *more):
+    """The command line of a stage-1 run as LLaVA's scripts spell it."""
+    return [
+        *("--model_name_or_path", str(mini.llm), "--version", "plain"),
+        *("--data_path", str(mini.data), "--image_folder", str(mini.images), "--vision_tower", str(mini.clip)),
+        *("--mm_projector_type", "mlp2x_gelu", "--tune_mm_mlp_adapter", "True", "--mm_vision_select_layer", "-2"),
+        *("--mm_use_im_start_end", "False", "--mm_use_im_patch_token", "False", "--output_dir", str(output)),
+        *("--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"),
+        *("--evaluation_strategy", "no", "--save_strategy", "no", "--learning_rate", "1e-3", "--weight_decay", "0."),
+        *("--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1"),
+        *("--model_max_length", "512", "--gradient_checkpointing", "True", "--dataloader_num_workers", "0"),
+        *("--lazy_preprocess", "True", "--report_to", "none", *more),
+    ]
+
+
+def load(mini, dtype=None, stock=False, select_layer=-2, frozen=True, **settings):
+    """A model and tokenizer as after LLaVA's train() has set them up for stage 1, HACL enabled with ``settings``.
+
+    The projector's weights are seeded and ten times larger than its default, so that images matter.
+    """
+    import torch
+    import transformers
+    from llava import conversation
+
+    from hacl_llava import compat
+    from hacl_llava.config import HaclConfig
+    from hacl_llava.modeling import HaclLlavaLlamaForCausalLM
+
+    cls = compat.LlavaLlamaForCausalLM if stock else HaclLlavaLlamaForCausalLM
+    attn = settings.pop("attn_implementation", None)
+    model = cls.from_pretrained(str(mini.llm), attn_implementation=attn)
+    model.config.use_cache = False
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(mini.llm), model_max_length=512, padding_side="right", use_fast=False
+    )
+    tokenizer.pad_token = tokenizer.unk_token
+    conversation.default_conversation = conversation.conv_templates["plain"]
+    model_args = types.SimpleNamespace(
+        vision_tower=str(mini.clip), mm_vision_select_layer=select_layer, mm_vision_select_feature="patch",
+        pretrain_mm_mlp_adapter=None, mm_patch_merge_type="flat", mm_projector_type="mlp2x_gelu",
+        mm_use_im_patch_token=False, mm_use_im_start_end=False, tune_mm_mlp_adapter=True,
+    )  # fmt: skip
+    model.get_model().initialize_vision_modules(model_args)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.get_model().mm_projector.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.15)
+    model.config.tokenizer_padding_side = "right"
+    model.config.tokenizer_model_max_length = 512
+    if frozen:
+        model.requires_grad_(False)
+        model.get_model().mm_projector.requires_grad_(True)
+    model.initialize_vision_tokenizer(model_args, tokenizer)
+    if not stock:
+        torch.manual_seed(5)
+        model.enable_hacl(HaclConfig(**settings), tokenizer.eos_token_id)
+    return model.to(dtype or torch.float32).train(), tokenizer
+
+
+def batch_of(mini, model, tokenizer, indices=range(6), records=None, **data_args):
+    """A collated batch of the miniature's records (or of ``records``) through the real dataset and collator."""
+    import torch
+
+    from hacl_llava.data import HaclCollator, HaclDataset
+
+    path = mini.data
+    if records is not None:
+        path = mini.folder / f"records-{abs(hash(json.dumps(records)))}.json"
+        path.write_text(json.dumps(records))
+    tower = model.get_vision_tower()
+    args = types.SimpleNamespace(
+        is_multimodal=True, image_folder=str(mini.images), image_processor=tower.image_processor,
+        image_aspect_ratio="square", mm_use_im_start_end=False, **data_args,
+    )  # fmt: skip
+    dataset = HaclDataset(str(path), tokenizer, args)
+    batch = HaclCollator(tokenizer)([dataset[i] for i in indices])
+    dtype = next(model.parameters()).dtype
+    return {k: v.to(dtype) if torch.is_floating_point(v) else v for k, v in batch.items()}
+
+
+def gradients(model):
+    """Gradients of all that trains, by name, in float64."""
+    return {n: p.grad.detach().double().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(a, b):
+    """Norm of the difference over the norm of b."""
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()

@@ -1,0 +1,85 @@
+"""Plain references, written to be read rather than to be fast: loops over images, one pass per text, no padding."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def naive_loss(v, t, h=None, h_mask=None, mask=None, tau=0.07, negatives="own", ranks=1, queue=None):
+    """(loss_i2t, loss_t2i) by the paper's formulas, in Python loops, over the joined batch of ``ranks`` equal shares.
+
+    Args as `hacl_llava.loss.hacl_loss`; ``queue`` is (images, texts), lists of feature vectors.
+    """
+    B = len(v)
+    share = B // ranks
+    rows = [i for i in range(B) if mask is None or mask[i]]
+    K = 0 if h is None else h.shape[1]
+    tau = float(tau) if not torch.is_tensor(tau) else tau
+    q_images, q_texts = queue or ([], [])
+
+    def f(a, b):
+        return ((a * b).sum() / tau).exp()
+
+    i2t = t2i = 0
+    for i in rows:
+        candidates = [t[j] for j in rows if j != i] + list(q_texts)
+        for j in rows:
+            allowed = {"own": j == i, "batch": j // share == i // share, "global": True}[negatives]
+            candidates += [h[j, k] for k in range(K) if allowed and (h_mask is None or h_mask[j, k])]
+        true = f(v[i], t[i])
+        i2t = i2t - (true / (true + sum(f(v[i], c) for c in candidates))).log()
+        images = [v[j] for j in rows if j != i] + list(q_images)
+        t2i = t2i - (true / (true + sum(f(t[i], c) for c in images))).log()
+    count = max(len(rows), 1)
+    zero = v.sum() * 0
+    return zero + i2t / count, zero + t2i / count
+
+
+def naive_step(model, batch):
+    """The released code's four passes, row by row and with gradient everywhere: (loss_lm, loss_i2t, loss_t2i).
+
+    Rows of text have no padding, the visual row is [BOS, image tokens, EOS], logits are computed at every position.
+    """
+    lm, tower = model.get_model(), model.get_vision_tower()
+    embed, head = lm.embed_tokens, model.hacl_head
+
+    def last_state(rows):
+        states = lm(inputs_embeds=rows[None], use_cache=False, return_dict=True)[0]
+        return states[0, -1]
+
+    eos = torch.tensor([model.hacl_eos])
+    images = lm.mm_projector(tower(batch["images"]))
+    nll, tokens, e_v, e_t, e_h, used, h_mask = 0.0, 0, [], [], [], [], []
+    K = batch["hallucinated_ids"].shape[1] if "hallucinated_ids" in batch else 0
+    for b in range(len(batch["input_ids"])):
+        ids = batch["input_ids"][b][batch["attention_mask"][b]]
+        labels = batch["labels"][b][batch["attention_mask"][b]]
+        where = (ids == -200).nonzero()[:, 0].tolist()
+        if where:
+            p = where[0]
+            row = torch.cat([embed(ids[:p]), images[b], embed(ids[p + 1 :])])
+            labels = torch.cat([labels[:p], torch.full((len(images[b]),), -100), labels[p + 1 :]])
+        else:
+            row = embed(ids)
+        states = lm(inputs_embeds=row[None], use_cache=False, return_dict=True)[0][0]
+        logits = model.lm_head(states)
+        keep = labels[1:] != -100
+        nll = nll + F.cross_entropy(logits[:-1][keep], labels[1:][keep], reduction="sum")
+        tokens += int(keep.sum())
+        if not where or not batch["caption_lengths"][b]:
+            continue
+        used.append(b)
+        e_v.append(last_state(torch.cat([embed(ids[:p]), images[b], embed(eos)])))
+        e_t.append(last_state(embed(batch["caption_ids"][b][: batch["caption_lengths"][b]])))
+        lengths = [int(batch["hallucinated_lengths"][b, k]) for k in range(K)]
+        texts = [batch["hallucinated_ids"][b, k][:n] if n else eos for k, n in enumerate(lengths)]
+        e_h += [last_state(embed(x)) for x in texts]
+        h_mask.append([n > 0 for n in lengths])
+    v, t = head.visual(torch.stack(e_v)), head.text(torch.stack(e_t))
+    v, t = F.normalize(v, dim=-1), F.normalize(t, dim=-1)
+    h = F.normalize(head.text(torch.stack(e_h)), dim=-1).view(len(v), K, -1) if K else None
+    h_mask = torch.tensor(h_mask)
+    tau = head.log_temperature.clamp(math.log(0.001), math.log(0.5)).exp()[0]
+    i2t, t2i = naive_loss(v, t, h, h_mask, None, tau, model.hacl_config.negatives)
+    return nll / tokens, i2t, t2i

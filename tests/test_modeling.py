@@ -1,0 +1,338 @@
+"""The fused step against plain references, and what surrounds it."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import batch_of, gradients, load, relative
+from reference import naive_step
+
+CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
+
+
+def run(model, batch):
+    """(loss, loss_lm, loss_i2t, loss_t2i, gradients) of one step."""
+    model.zero_grad()
+    model.reset_hacl_metrics()
+    loss = model(**batch).loss
+    loss.backward()
+    figures = model.hacl_metrics()
+    return loss.item(), *(figures[k] for k in ("loss_lm", "loss_i2t", "loss_t2i")), gradients(model)
+
+
+def reference(model, batch):
+    model.zero_grad()
+    lm, i2t, t2i = naive_step(model, batch)
+    loss = lm + model.hacl_config.weight * (i2t + t2i) / 2
+    loss.backward()
+    return loss.item(), lm.item(), i2t.item(), t2i.item(), gradients(model)
+
+
+def assert_same(got, want, loss_tolerance=1e-5, gradient_tolerance=1e-4):
+    for a, b in zip(got[:4], want[:4]):
+        assert abs(a - b) <= loss_tolerance, (got[:4], want[:4])
+    assert set(got[4]) == set(want[4])
+    for name in want[4]:
+        if want[4][name].norm() > 1e-12:
+            assert relative(got[4][name], want[4][name]) <= gradient_tolerance, name
+
+
+@pytest.fixture
+def mixed(mini, records):
+    """Seven records: plain ones, one without hallucinated captions, one with a single one, one without an image."""
+    rows = copy.deepcopy(records[:7])
+    del rows[1]["hallucinated_captions"]
+    rows[2]["hallucinated_captions"] = rows[2]["hallucinated_captions"][0]
+    del rows[4]["image"]
+    rows[4]["conversations"][0]["value"] = "Say something."
+    rows[5]["hallucinated_captions"] = ["", rows[5]["hallucinated_captions"][1]]
+    return rows
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("fused", [True, False])
+def test_step_equals_four_plain_passes(mini, mixed, checkpointing, fused):
+    model, tokenizer = load(mini, fused=fused, head_dim=16, negatives="own")
+    batch = batch_of(mini, model, tokenizer, range(7), mixed)
+    want = reference(model, batch)
+    if CHECKPOINTING[checkpointing]:
+        # As LLaVA's train() does it under --gradient_checkpointing.
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING[checkpointing])
+    got = run(model, batch)
+    assert model.hacl_fused is fused
+    assert_same(got, want)
+    assert sorted(got[4]) == sorted(
+        [f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")]
+        + [f"hacl_head.{m}.{k}" for m in ("text", "visual") for k in ("weight", "bias")]
+        + ["hacl_head.log_temperature"]
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"negatives": "batch"},
+        {"head_dim": 0, "learnable_temperature": False, "temperature": 0.2},
+        {"weight": 0.1, "num_hallucinated": -1},
+    ],
+    ids=str,
+)
+def test_step_with_other_settings(mini, mixed, settings):
+    model, tokenizer = load(mini, **settings)
+    batch = batch_of(mini, model, tokenizer, range(7), mixed)
+    got, want = run(model, batch), reference(model, batch)
+    assert model.hacl_fused
+    assert_same(got, want)
+
+
+def test_controls_eos_that_sees_the_caption_or_stands_elsewhere_fails(mini, mixed, monkeypatch):
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer, range(7), mixed)
+    want = reference(model, batch)
+    assert_same(run(model, batch), want)
+    fused_states, hidden = model._fused_states, model._hidden
+
+    def sees_one_column_more(embeds, mask, prefix):
+        def wider(x, m, p=None):
+            if p is None:  # the text pass
+                return hidden(x, m)
+            m = m.clone()
+            m[:, 0, -1] = m[:, 0, -1] | (torch.arange(m.shape[-1])[None] == prefix[:, None])
+            return hidden(x, m, p)
+
+        monkeypatch.setattr(model, "_hidden", wider)
+        return fused_states(embeds, mask, prefix)
+
+    def wrong_position(embeds, mask, prefix):
+        def moved(x, m, p=None):
+            if p is None:
+                return hidden(x, m)
+            p = p.clone()
+            p[:, -1] += 1
+            return hidden(x, m, p)
+
+        monkeypatch.setattr(model, "_hidden", moved)
+        return fused_states(embeds, mask, prefix)
+
+    for broken in (sees_one_column_more, wrong_position):
+        monkeypatch.setattr(model, "_fused_states", broken)
+        monkeypatch.setattr(model, "_hidden", hidden)
+        with pytest.raises(AssertionError):
+            assert_same(run(model, batch), want)
+
+
+def test_released_visual_row_without_bos(mini, records):
+    with_bos, tokenizer = load(mini, fused=False)
+    without, _ = load(mini, fused=False, visual_bos=False)
+    batch = batch_of(mini, with_bos, tokenizer)
+    a, b = run(with_bos, batch), run(without, batch)
+    assert abs(a[1] - b[1]) < 1e-6 and abs(a[2] - b[2]) > 1e-4
+    # By hand: [image tokens, EOS] for every row.
+    lm, head = without.get_model(), without.hacl_head
+    images = lm.mm_projector(lm.get_vision_tower()(batch["images"]))
+    eos = lm.embed_tokens(torch.full((6, 1), tokenizer.eos_token_id))
+    e_v = lm(inputs_embeds=torch.cat([images, eos], 1), use_cache=False, return_dict=True)[0][:, -1]
+    rows = [lm(input_ids=i[None, :n], return_dict=True)[0][0, -1] for i, n in
+            zip(batch["caption_ids"], batch["caption_lengths"])]  # fmt: skip
+    v, t, tau = head(e_v, torch.stack(rows))
+    want = torch.nn.functional.cross_entropy(t @ v.T / tau, torch.arange(6))
+    assert abs(want.item() - b[3]) < 1e-5
+
+
+def test_without_captions_it_is_stock_llava_bit_for_bit(mini):
+    ours, tokenizer = load(mini)
+    stock, _ = load(mini, stock=True)
+    batch = batch_of(mini, ours, tokenizer)
+    plain = {k: batch[k] for k in ("input_ids", "labels", "attention_mask", "images")}
+    a, b = ours(**plain), stock(**plain)
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.logits, b.logits)
+    a.loss.backward(), b.loss.backward()
+    ga, gb = gradients(ours), gradients(stock)
+    assert set(ga) == set(gb) and all(torch.equal(ga[k], gb[k]) for k in gb)
+
+
+def test_text_pass_has_a_graph_only_when_the_llm_trains(mini):
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer)
+    text = [batch[k] for k in ("caption_ids", "caption_lengths", "hallucinated_ids", "hallucinated_lengths")]
+    assert not model._text_pass(*text).requires_grad
+    model.enable_input_require_grads()  # LLaVA's hook under gradient checkpointing must not bring the graph back
+    assert not model._text_pass(*text).requires_grad
+    model.get_model().layers[0].mlp.up_proj.weight.requires_grad_(True)
+    assert model._text_pass(*text).requires_grad
+    # and then the whole step still equals the plain one
+    assert_same(run(model, batch), reference(model, batch))
+
+
+def test_gradient_through_texts_of_a_trained_llm(mini):
+    model, tokenizer = load(mini, frozen=False, head_dim=0)
+    batch = batch_of(mini, model, tokenizer, range(4))
+    got, want = run(model, batch), reference(model, batch)
+    assert_same(got, want)
+    assert any("embed_tokens" in name for name in got[4])
+
+
+def test_lm_head_sees_supervised_positions_only_and_vision_tower_runs_once(mini):
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer)
+    model(**batch)
+    seen, towers = [], []
+    model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape[0]))
+    model.get_vision_tower().register_forward_hook(lambda m, i, o: towers.append(1))
+    model(**batch)
+    assert seen == [(batch["labels"][:, 1:] != -100).sum()] and towers == [1]
+
+
+def test_row_cut_inside_or_behind_its_image(mini, records):
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer, range(4))
+    lengths = batch["attention_mask"].sum(1) + 8  # nine visual tokens for one placeholder
+    # Cut behind the image: the longest rows lose words of their caption, and every row still counts.
+    model.config.tokenizer_model_max_length = int(lengths.min()) + 1
+    model(**batch)
+    assert model._hacl_sums[5] == 4
+    # Cut inside the image: no row is whole, and the step still runs.
+    model.config.tokenizer_model_max_length = 6
+    model.reset_hacl_metrics()
+    loss = model(**batch).loss
+    assert model._hacl_sums[5] == 0 and torch.isfinite(loss)
+    loss.backward()
+    assert not model.hacl_head.visual.weight.grad.any()
+
+
+def test_two_images_in_a_row_are_masked(mini):
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer, range(3))
+    batch["input_ids"][1, 2] = -200
+    batch["images"] = torch.cat([batch["images"], batch["images"][:1]])
+    model(**batch)
+    assert model._hacl_sums[5] == 2
+
+
+def test_batch_without_any_image_gives_zero_contrast_and_all_gradients(mini, records):
+    rows = copy.deepcopy(records[:3])
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["value"] = "Say something."
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer, range(3), rows)
+    loss = model(**batch).loss
+    figures = model.hacl_metrics()
+    assert figures["loss_i2t"] == figures["loss_t2i"] == 0 and "retrieval_accuracy" not in figures
+    loss.backward()  # every trained parameter takes part, or DDP and ZeRO would wait for ever
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_dataset_without_hallucinated_captions(mini, records):
+    rows = [{k: v for k, v in r.items() if k != "hallucinated_captions"} for r in records[:4]]
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer, range(4), rows)
+    assert "hallucinated_ids" not in batch
+    assert_same(run(model, batch), reference(model, batch))
+
+
+def test_literal_eos_in_a_caption(mini, records):
+    rows = copy.deepcopy(records[:3])
+    rows[0]["conversations"][1]["value"] = "a </s> in the middle"
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer, range(3), rows)
+    assert (batch["caption_ids"][0] == 2).sum() == 2
+    assert_same(run(model, batch), reference(model, batch))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_self_check(mini, implementation, dtype):
+    model, tokenizer = load(mini, dtype=dtype, attn_implementation=implementation)
+    model.hacl_head.float()
+    batch = batch_of(mini, model, tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = model(**batch).loss
+    said = [str(w.message) for w in caught if "HACL" in str(w.message)]
+    assert model.hacl_fused is (implementation == "sdpa")
+    if implementation == "sdpa":
+        assert not said
+    else:
+        assert len(said) == 1 and "'eager'" in said[0] and "separate passes" in said[0]
+        with torch.no_grad():
+            lm, i2t, t2i = naive_step(model, batch)
+        assert abs(loss - (lm + (i2t + t2i) / 2)) < (1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_flash_attention_becomes_sdpa(mini):
+    with pytest.warns(UserWarning, match="flash_attention_2 is replaced by sdpa"):
+        model, tokenizer = load(mini, attn_implementation="flash_attention_2")
+    model(**batch_of(mini, model, tokenizer))
+    assert model.config._attn_implementation == "sdpa" and model.hacl_fused
+
+
+def test_temperature_stays_in_its_range_and_comes_back(mini):
+    model, tokenizer = load(mini)
+    head = model.hacl_head
+    with torch.no_grad():
+        head.log_temperature.fill_(-20.0)
+    tau = head(torch.ones(1, 64), torch.ones(1, 64))[2]
+    assert abs(tau.item() - 0.001) < 1e-7
+    tau.backward()  # asks for a lower temperature still
+    assert head.log_temperature.grad.item() == 0
+    (-head(torch.ones(1, 64), torch.ones(1, 64))[2]).backward()
+    assert head.log_temperature.grad.item() < 0
+
+
+def test_queue_over_steps(mini):
+    model, tokenizer = load(mini, queue_size=7)
+    batch = batch_of(mini, model, tokenizer, range(4))
+    first, second = run(model, batch), run(model, batch)
+    assert second[2] > first[2] + 0.1  # the same captions, now also in the queue
+    assert int(model.hacl_loss.queue_state()["mask"].sum()) == 7
+
+
+def test_saved_checkpoint_is_stock(mini, tmp_path):
+    import safetensors.torch
+
+    ours, tokenizer = load(mini)
+    stock, _ = load(mini, stock=True)
+    ours(**batch_of(mini, ours, tokenizer))
+    ours.save_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    a, b = (safetensors.torch.load_file(tmp_path / n / "model.safetensors") for n in ("ours", "stock"))
+    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in b)
+    a, b = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("ours", "stock"))
+    assert a["architectures"] == ["LlavaLlamaForCausalLM"] and a.pop("hacl")["negatives"] == "own"
+    assert a == b
+
+
+def test_mistral_twin(mini):
+    import transformers
+
+    from hacl_llava.config import HaclConfig
+    from hacl_llava.modeling import HaclLlavaMistralForCausalLM
+
+    base, tokenizer = load(mini)
+    config = HaclLlavaMistralForCausalLM.config_class(
+        vocab_size=base.config.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tokenizer_padding_side="right",
+    )  # fmt: skip
+    assert isinstance(config, transformers.MistralConfig)
+    torch.manual_seed(0)
+    model = HaclLlavaMistralForCausalLM(config).train()
+    model.get_model().mm_projector = copy.deepcopy(base.get_model().mm_projector)
+    model.get_model().vision_tower = base.get_vision_tower()
+    model.requires_grad_(False)
+    model.get_model().mm_projector.requires_grad_(True)
+    model.enable_hacl(HaclConfig(), tokenizer.eos_token_id)
+    batch = batch_of(mini, base, tokenizer)
+    assert_same(run(model, batch), reference(model, batch))
+    assert model.hacl_fused
+
+
+def test_left_padding_is_refused(mini):
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer)
+    model.config.tokenizer_padding_side = "left"
+    with pytest.raises(ValueError, match="right padding"):
+        model(**batch)
