@@ -130,7 +130,7 @@ def _trainer_methods(trainer_class):
     if "tokenizer" not in _parameters(Trainer.__init__):  # renamed in 4.46, the old name gone in 5.0
 
         def __init__(self, *args, tokenizer=None, processing_class=None, **kwargs):
-            Trainer.__init__(self, *args, processing_class=processing_class or tokenizer, **kwargs)
+            Trainer.__init__(self, *args, processing_class=tokenizer if processing_class is None else processing_class, **kwargs)
 
         trainer_class.__init__ = __init__
 

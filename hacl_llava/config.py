@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-NEGATIVES = ("own", "batch", "global")
+
+NEGATIVES = Literal["own", "batch", "global"]
 
 
 class HaclError(ValueError):
@@ -28,7 +29,7 @@ class HaclConfig:
     weight: float = _setting(1.0, "Weight of the contrastive loss: loss_lm + weight * (loss_i2t + loss_t2i) / 2.")
     temperature: float = _setting(0.07, "Temperature at the start; it stays within [0.001, 0.5].")
     learnable_temperature: bool = _setting(True, "Train the temperature (on a log scale).")
-    negatives: Literal["own", "batch", "global"] = _setting(
+    negatives: NEGATIVES = _setting(
         "own",
         "Whose hallucinated captions are candidates for an image: its own (the paper's formula), those of the batch "
         "on its rank (the released code), or those of all ranks.",
@@ -66,8 +67,8 @@ class HaclConfig:
             refuse("weight", "a number >= 0 (1.0 is the paper's)")
         if not 0.001 <= self.temperature <= 0.5:
             refuse("temperature", "a number from 0.001 to 0.5 (0.07 is the usual start)")
-        if self.negatives not in NEGATIVES:
-            refuse("negatives", f"one of {', '.join(NEGATIVES)}")
+        if self.negatives not in (allowed := NEGATIVES.__args__):
+            refuse("negatives", f"one of {', '.join(allowed)}")
         if self.num_hallucinated < -1:
             refuse("num_hallucinated", "-1 (all) or a number >= 0")
         if self.queue_size < 0:
@@ -75,9 +76,7 @@ class HaclConfig:
         if self.head_dim < -1:
             refuse("head_dim", "-1 (a quarter of the hidden size), 0 (no heads) or a number > 0")
         if self.fused and not self.visual_bos:
-            refuse(
-                "visual_bos", "True while hacl_fused is True (the shared pass has a BOS); set --hacl_fused False too"
-            )
+            refuse("visual_bos", "True while hacl_fused is True (that pass has a BOS); set --hacl_fused False too")
         if self.negatives == "global" and not self.gather:
             refuse("negatives", "'own' or 'batch' while hacl_gather is False")
 

@@ -10,9 +10,10 @@ import os
 
 import torch
 
-from . import compat  # noqa: F401, I001  (before llava)
+from . import compat  # noqa: F401  (before llava)
 from .config import HaclError
 
+# isort: split
 import llava.train.train as stock
 
 HALLUCINATED_KEYS = ("hallucinated_captions", "Hallucination caption")
@@ -30,7 +31,6 @@ def on_first_rank():
     return int(os.environ.get("RANK", 0)) == 0
 
 
-@functools.lru_cache(maxsize=1)
 def read_records(path):
     """Read a LLaVA-format json: a list of records.
 
@@ -38,14 +38,22 @@ def read_records(path):
         DataError: the file is missing, is not json (truncated, say), or is not a list of records.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            records = json.load(file)
+        stat = os.stat(path)
+        return _read_records(path, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give --data_path a LLaVA-format json.") from None
+
+
+@functools.lru_cache(maxsize=1)  # read once to be checked before the model is loaded, and once by the dataset
+def _read_records(path, mtime, size):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+        records = json.loads(text)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except json.JSONDecodeError as error:
-        end = " The file ends there: it looks truncated." if error.pos >= os.path.getsize(path) - 2 else ""
+        end = "" if text.rstrip().endswith(("]", "}")) else " It does not end like json: it looks truncated."
         raise DataError(
             f"{path}: not valid json at line {error.lineno}, column {error.colno} ({error.msg}).{end}"
         ) from None

@@ -6,6 +6,7 @@ done its work by then; whatever itself imports llava.train.train waits for `inst
 
 import dataclasses
 import os
+import warnings
 
 from . import compat
 from .config import HaclConfig, HaclError, hacl_argument_fields
@@ -34,8 +35,8 @@ def install(namespace, use_hacl=False):
         missing = [name for name in NAMES if name not in namespace]
         if missing:
             raise compat.LlavaNotUsable(
-                f"{namespace.get('__name__', 'the namespace')} has no {', '.join(missing)}: this is not the train.py of "
-                f"LLaVA {compat.LLAVA_VERSION}; run: {compat.LLAVA_INSTALL}"
+                f"{namespace.get('__name__', 'the namespace')} has no {', '.join(missing)}: this is not the train.py "
+                f"of LLaVA {compat.LLAVA_VERSION}; run: {compat.LLAVA_INSTALL}"
             )
         stock = namespace[_STOCK] = {name: namespace[name] for name in NAMES}
 
@@ -73,10 +74,14 @@ def _argument_classes(stock, use_hacl, choose):
         if not arguments.use_hacl:
             return
         HaclConfig.from_arguments(arguments)  # refuses wrong values before anything is loaded
-        if arguments.vision_tower is None:
-            raise HaclError(
-                "--use_hacl contrasts images: give --vision_tower, the name or folder of a CLIP checkpoint."
+        if not arguments.tune_mm_mlp_adapter:
+            warnings.warn(
+                "HACL belongs to stage 1 (--tune_mm_mlp_adapter True); the paper's ablation found that training the LLM "
+                "with it costs a lot.",
+                stacklevel=2,
             )
+        if arguments.vision_tower is None:
+            raise HaclError("--use_hacl contrasts images: give --vision_tower, a CLIP checkpoint.")
         if "mpt" in arguments.model_name_or_path:
             raise HaclError(
                 f"--model_name_or_path {arguments.model_name_or_path}: LLaVA takes a name with 'mpt' in it for an MPT "

@@ -104,7 +104,7 @@ class HaclMixin:
 
     @classmethod
     def from_pretrained(cls, *args, attn_implementation=None, **kwargs):
-        """As LLaVA's. The fused step needs a 4-D mask, which flash attention does not take: sdpa is used in its place."""
+        """As LLaVA's, with sdpa in place of flash attention, which does not take the 4-D mask of the fused step."""
         if attn_implementation == "flash_attention_2":
             # Attention is 1-2 % of the FLOPs at 600 tokens, so little is lost.
             warnings.warn("HACL: attn_implementation flash_attention_2 is replaced by sdpa.", stacklevel=2)
@@ -296,7 +296,7 @@ class HaclMixin:
         return loss_lm, states[:, -1]
 
     def _separate_passes(self, embeds, mask, labels, image_start, prefix):
-        """The plain form: LLaVA's own forward, then a pass over ``[prefix, image, EOS]`` (``[image, EOS]`` without BOS)."""
+        """The plain form: LLaVA's own forward, then a pass over ``[BOS, image, EOS]`` (without BOS if so set)."""
         loss_lm = super().forward(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).loss
         first = torch.zeros_like(image_start) if self.hacl_config.visual_bos else image_start
         return loss_lm, self._visual_pass(embeds, first, prefix)
@@ -312,7 +312,7 @@ class HaclMixin:
         return states[torch.arange(len(states), device=states.device), length]
 
     def _text_pass(self, caption_ids, caption_lengths, hallucinated_ids, hallucinated_lengths):
-        """e_t and e_h in one pass: ``[B + B * K, D]``, captions first. Without a graph while nothing in the LLM trains."""
+        """e_t and e_h in one pass: ``[B + B * K, D]``, captions first; no graph while nothing in the LLM trains."""
         ids, lengths = [caption_ids], [caption_lengths]
         if hallucinated_ids is not None and hallucinated_ids.shape[1]:
             ids.append(hallucinated_ids.flatten(0, 1))
@@ -322,7 +322,10 @@ class HaclMixin:
         lengths = torch.cat(lengths).clamp(min=1)  # a missing caption is one masked token: the pass has the same rows
         columns = torch.arange(width, device=ids.device)
         # Asked of the parameters, not of a flag: LoRA, stage 2 or trained embeddings need the graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._llm_trains()):
+        graph = torch.is_grad_enabled() and self._llm_trains()
+        with torch.set_grad_enabled(graph), warnings.catch_warnings():
+            if not graph:  # reentrant checkpointing complains of just that
+                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             embeds = self._embed(ids)
             states = self._hidden(embeds, columns[None] < lengths[:, None])
             return states[torch.arange(len(ids), device=ids.device), lengths - 1]

@@ -81,7 +81,7 @@ def main():
     try:
         llava_train.train()
     except HaclError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -44,8 +44,30 @@ class HaclTrainer(LLaVATrainer):
             )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    _said = False
+
+    def _say_what_runs(self):
+        """One line, from the objects that run rather than from the flags that asked for them."""
+        engine, model, config = self.model_wrapped, self.model, self.model.hacl_config
+        stage = getattr(engine, "zero_optimization_stage", lambda: None)()
+        trained = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                part = "hacl_head" if "hacl_head." in name else "mm_projector" if "mm_projector" in name else "LLM"
+                trained[part] = trained.get(part, 0) + getattr(p, "ds_numel", p.numel())
+        print(
+            f"HACL run: engine {type(engine).__name__}{f' ZeRO-{stage}' if stage is not None else ''}, "
+            f"{self.args.world_size} ranks on {self.args.device.type}, {'fused' if model.hacl_fused else 'separate'} "
+            f"passes, negatives {config.negatives}, queue {config.queue_size}, weight {config.weight}; trained: "
+            + ", ".join(f"{part} {n:,}" for part, n in sorted(trained.items())),
+            flush=True,
+        )
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
+            if not self._said and self.is_world_process_zero():
+                self._say_what_runs()
+            self._said = True
             logs = {**logs, **{k: round(v, 4) for k, v in self.model.hacl_metrics().items()}}
         return super().log(logs, *args, **kwargs)
 

@@ -12,17 +12,15 @@ from .world import SIZE, caption_of, make_scene
 
 
 def make_tokenizer(folder, seed=0, vocab_size=160):
-    """Train a sentencepiece model on captions and write it as Vicuna's: tokenizer.model and its two small json files."""
+    """Train a sentencepiece model on captions; write tokenizer.model and its two json files as Vicuna has them."""
     import sentencepiece
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     texts = [caption_of(make_scene(rng)) for _ in range(2000)]
-    texts += [
-        "Is there a red circle in the image? Answer yes or no.",
-        "USER: ASSISTANT: Describe the image briefly.",
-    ] * 50
+    texts += ["Is there a red circle in the image? Answer yes or no."] * 50
+    texts += ["USER: ASSISTANT: Describe the image briefly."] * 50
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),

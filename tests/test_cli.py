@@ -1,0 +1,125 @@
+"""hacl-llava: help, env, patch; and the wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hacl_llava import __version__, cli, patching
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for command in ("env", "patch", "demo"):
+        assert f"\n    {command} " in out
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert __version__ in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["nothing"])
+    assert stop.value.code == 2
+
+
+def test_env(capsys):
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    for name in ("torch", "transformers", "deepspeed", "llava", "devices"):
+        assert f"\n{name} " in out
+    assert "tested together" in out and "llava: imports" in out
+
+
+def test_env_without_llava(capsys, monkeypatch):
+    monkeypatch.delattr("hacl_llava.compat")
+    monkeypatch.setitem(sys.modules, "hacl_llava.compat", None)
+    assert cli.main(["env"]) == 1
+    assert "- llava: " in capsys.readouterr().out
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git checkout with the train.py of the installed llava, which is that of v1.2.2.post1 and of the last commit."""
+    import llava
+
+    folder = tmp_path / "LLaVA"
+    (folder / "llava/train").mkdir(parents=True)
+    shutil.copy(Path(llava.__path__[0]) / "train/train.py", folder / "llava/train/train.py")
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def test_patch_command_equals_the_patch_file_and_goes_again(checkout, capsys):
+    file = checkout / "llava/train/train.py"
+    before = file.read_bytes()
+    patch = ROOT / "patches/use_hacl.patch"
+    subprocess.run(["git", "apply", "--check", patch], cwd=checkout, check=True)
+    subprocess.run(["git", "apply", patch], cwd=checkout, check=True)
+    by_git = file.read_bytes()
+    assert cli.main(["patch", str(checkout), "--check"]) == 0 and "has the patch" in capsys.readouterr().out
+    subprocess.run(["git", "apply", "-R", patch], cwd=checkout, check=True)
+    assert file.read_bytes() == before
+
+    assert cli.main(["patch", str(checkout), "--check"]) == 0 and "can be patched" in capsys.readouterr().out
+    assert file.read_bytes() == before
+    for path in (checkout, checkout / "llava", checkout / "llava/train", file):
+        assert cli.main(["patch", str(path)]) == 0
+        assert file.read_bytes() == by_git
+    assert "already" in capsys.readouterr().out
+    assert len(by_git.splitlines()) == len(before.splitlines()) + 2
+    assert cli.main(["patch", str(checkout), "--revert"]) == 0
+    assert file.read_bytes() == before
+    assert cli.main(["patch", str(checkout), "--revert"]) == 0 and "nothing done" in capsys.readouterr().out
+    assert [p.name for p in file.parent.iterdir()] == ["train.py"]
+
+
+def test_patch_keeps_windows_line_ends(checkout):
+    file = checkout / "llava/train/train.py"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    before = file.read_bytes()
+    patching.patch(checkout)
+    after = file.read_bytes()
+    assert after.count(b"\n") == after.count(b"\r\n") == before.count(b"\n") + 2
+    patching.patch(checkout, revert=True)
+    assert file.read_bytes() == before
+
+
+def test_patch_refuses_what_it_does_not_know(tmp_path, capsys):
+    assert cli.main(["patch", str(tmp_path)]) == 2
+    assert "has no llava/train/train.py; give a LLaVA checkout" in capsys.readouterr().err
+    (tmp_path / "train.py").write_text("def train():\n    pass\n")
+    assert cli.main(["patch", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "0 times, expected once" in err and str(tmp_path) in err
+    assert (tmp_path / "train.py").read_text() == "def train():\n    pass\n"
+
+
+@pytest.mark.e2e
+def test_wheel_in_a_clean_environment(tmp_path):
+    """The built wheel, in an environment that has its dependencies (from this one) and nothing of this folder."""
+    run = lambda *a, **k: subprocess.run(a, check=True, capture_output=True, text=True, timeout=300, **k)  # noqa: E731
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".venv*", ".git", "runs", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(source))
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    python = tmp_path / "venv/bin/python"
+    run(str(python), "-m", "pip", "install", "--no-deps", str(wheel))
+    site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    here = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    Path(site, "dependencies.pth").write_text(here + "\n")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    out = run(str(python), "-c", "import hacl_llava; print(hacl_llava.__file__)", cwd=tmp_path, env=env).stdout
+    assert str(tmp_path / "venv") in out
+    assert "patch" in run(str(tmp_path / "venv/bin/hacl-llava"), "--help", cwd=tmp_path, env=env).stdout
+    assert "tested together" in run(str(tmp_path / "venv/bin/hacl-llava"), "env", cwd=tmp_path, env=env).stdout
+    out = run(str(python), "-m", "hacl_llava.train", "--help", cwd=tmp_path, env=env).stdout
+    assert "--hacl_negatives" in out

@@ -1,0 +1,241 @@
+"""install(), the flags, and what a user sees who gets one wrong."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import arguments
+
+from hacl_llava import integration
+from hacl_llava.config import HaclConfig
+
+
+@pytest.fixture
+def train_module():
+    from hacl_llava import compat  # noqa: F401
+
+    # isort: split
+    import llava.train.train as module
+
+    yield module
+    integration.uninstall(vars(module))
+
+
+def test_install_replaces_five_names_and_uninstall_puts_them_back(train_module):
+    namespace = vars(train_module)
+    before = {name: namespace[name] for name in integration.NAMES}
+    integration.install(namespace)
+    assert all(namespace[name] is not before[name] for name in integration.NAMES)
+    once = {name: namespace[name] for name in integration.NAMES[2:]}
+    integration.install(namespace, use_hacl=True)  # twice does no harm
+    assert all(namespace[name] is once[name] for name in once)
+    integration.uninstall(namespace)
+    assert all(namespace[name] is before[name] for name in integration.NAMES)
+    integration.uninstall(namespace)
+
+
+def test_install_says_which_name_is_missing():
+    with pytest.raises(ImportError, match="has no DataArguments, LLaVATrainer.*pip install --no-deps llava-torch"):
+        integration.install(
+            dict.fromkeys(("ModelArguments", "LlavaLlamaForCausalLM", "make_supervised_data_module"), object)
+        )
+
+
+def test_use_hacl_false_puts_stock_back_before_anything_is_looked_up(train_module):
+    namespace = vars(train_module)
+    before = {name: namespace[name] for name in integration.NAMES}
+    integration.install(namespace, use_hacl=True)
+    namespace["ModelArguments"](use_hacl=False)
+    assert all(namespace[name] is before[name] for name in integration.NAMES[2:])
+    namespace["ModelArguments"](use_hacl=True, vision_tower="x")
+    assert all(namespace[name] is not before[name] for name in integration.NAMES[2:])
+
+
+def test_config_and_loss_name_the_same_negatives():
+    from hacl_llava import config, loss
+
+    assert config.NEGATIVES.__args__ == loss.NEGATIVES
+
+
+def test_every_setting_is_a_flag_with_a_help_text(train_module):
+    import transformers
+
+    integration.install(vars(train_module))
+    parser = transformers.HfArgumentParser((train_module.ModelArguments, train_module.DataArguments))
+    actions = {a.dest: a for a in parser._actions}
+    for name in HaclConfig().to_dict():
+        assert len(actions[f"hacl_{name}"].help) > 20
+    args, _ = parser.parse_args_into_dataclasses(
+        ["--use_hacl", "False", "--hacl_negatives", "global", "--hacl_queue_size", "16384", "--hacl_fused", "False"]
+    )
+    config = HaclConfig.from_arguments(args)
+    assert config == HaclConfig(negatives="global", queue_size=16384, fused=False)
+    assert HaclConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"weight": -1}, "hacl_weight is -1, allowed is a number >= 0"),
+        ({"weight": float("nan")}, "hacl_weight is nan"),
+        ({"temperature": 0}, "from 0.001 to 0.5"),
+        ({"negatives": "all"}, "one of own, batch, global"),
+        ({"num_hallucinated": -2}, "-1 .all. or a number"),
+        ({"queue_size": -1}, "16384"),
+        ({"head_dim": -2}, "quarter"),
+        ({"visual_bos": False}, "set --hacl_fused False too"),
+        ({"negatives": "global", "gather": False}, "'own' or 'batch' while hacl_gather is False"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        HaclConfig(**settings)
+    with pytest.raises(ValueError, match="unknown HACL settings"):
+        HaclConfig.from_dict({"colour": 1})
+
+
+# --- through main(), as a user would ----------------------------------------------------------------------------------
+
+
+def run_main(monkeypatch, capsys, *argv):
+    from hacl_llava.train import main
+
+    monkeypatch.setattr(sys, "argv", ["pretrain_hacl.py", *map(str, argv)])
+    status = main()
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def fails(monkeypatch, capsys, mini, tmp_path, *change):
+    """One line of error and status 2."""
+    status, _, err = run_main(monkeypatch, capsys, *arguments(mini, tmp_path / "out"), *change)
+    line = [x for x in err.splitlines() if x.startswith("error: ")]
+    assert status == 2 and len(line) == 1, err
+    return line[0]
+
+
+def test_bad_input_ends_with_one_line(monkeypatch, capsys, mini, tmp_path, records, train_module):
+    path = tmp_path / "data.json"
+
+    def message(rows=None, *change):
+        if rows is not None:
+            path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        return fails(monkeypatch, capsys, mini, tmp_path, "--data_path", path, *change)
+
+    assert "data.json: cannot be read (No such file or directory)" in message()
+    assert "holds a dict, expected a list" in message({"a": 1})
+    assert "truncated" in message(json.dumps(records)[:-200])
+    assert "record 1 (id 'train-000000001') has no 'conversations'" in message(
+        [records[0], {k: v for k, v in records[1].items() if k != "conversations"}]
+    )
+    assert "nowhere.png, which does not exist" in message([{**records[0], "image": "nowhere.png"}])
+    assert "hacl_temperature is 7.0" in message(records, "--hacl_temperature", 7)
+    assert "give --vision_tower" in fails_without_tower(monkeypatch, capsys, mini, tmp_path)
+
+
+def fails_without_tower(monkeypatch, capsys, mini, tmp_path):
+    argv = arguments(mini, tmp_path / "out")
+    i = argv.index("--vision_tower")
+    status, _, err = run_main(monkeypatch, capsys, *argv[:i], *argv[i + 2 :])
+    assert status == 2
+    return err
+
+
+def test_unreadable_image_in_training_is_named(monkeypatch, capsys, mini, tmp_path, records, train_module):
+    (mini.images / "broken.png").write_text("not an image")
+    rows = [{**r, "image": "broken.png"} if i == 3 else r for i, r in enumerate(records[:8])]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    line = fails(monkeypatch, capsys, mini, tmp_path, "--data_path", tmp_path / "data.json", "--use_cpu", "True")
+    assert "data.json: record 3 (id 'train-000000003'), image broken.png: cannot be used" in line
+
+
+def test_unknown_value_of_a_flag(monkeypatch, capsys, mini, tmp_path, train_module):
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, capsys, *arguments(mini, tmp_path), "--hacl_negatives", "all")
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert (
+        "--hacl_negatives" in err and "'all'" in err and "'own', 'batch', 'global'" in err.replace("choose from ", "")
+    )
+
+
+def test_help_reads_well(monkeypatch, capsys):
+    status, out, _ = run_main(monkeypatch, capsys, "--help")
+    assert status == 0 and "--hacl_negatives own|batch|global" in out and "example" in out
+    assert len(out.splitlines()) < 100 and max(map(len, out.splitlines())) <= 120
+    for name in HaclConfig().to_dict():
+        assert f"--hacl_{name}" in out
+
+
+def train_in_process(monkeypatch, capsys, mini, output, *more):
+    torch.manual_seed(0)
+    status, _, err = run_main(monkeypatch, capsys, *arguments(mini, output, "--use_cpu", "True", *more))
+    assert status == 0, err
+    return (
+        torch.load(output / "mm_projector.bin", weights_only=True),
+        json.loads((output / "trainer_state.json").read_text())["log_history"],
+    )
+
+
+def test_use_hacl_false_is_stock_training_bit_for_bit(monkeypatch, capsys, mini, tmp_path, train_module):
+    off, log_off = train_in_process(monkeypatch, capsys, mini, tmp_path / "off", "--use_hacl", "False")
+    integration.uninstall(vars(train_module))
+    torch.manual_seed(0)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(mini, tmp_path / "stock", "--use_cpu", "True")])
+    train_module.train()
+    stock = torch.load(tmp_path / "stock/mm_projector.bin", weights_only=True)
+    log = json.loads((tmp_path / "stock/trainer_state.json").read_text())["log_history"]
+    assert set(off) == set(stock) and all(torch.equal(off[k], stock[k]) for k in stock)
+    assert [x.get("loss") for x in log_off] == [x.get("loss") for x in log]
+    assert [x.get("grad_norm") for x in log_off] == [x.get("grad_norm") for x in log]
+    names = {p.name for p in (tmp_path / "stock").iterdir()}
+    assert {p.name for p in (tmp_path / "off").iterdir()} == names and "hacl_head.safetensors" not in names
+    config = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("off", "stock")]
+    assert config[0] == config[1]
+    # control: with HACL on, the same command gives another projector
+    on, log_on = train_in_process(monkeypatch, capsys, mini, tmp_path / "on")
+    assert set(on) == set(stock) and not torch.equal(
+        on["model.mm_projector.0.weight"], stock["model.mm_projector.0.weight"]
+    )
+
+
+def test_run_with_hacl_logs_its_parts_and_saves_the_heads(monkeypatch, capsys, mini, tmp_path, train_module):
+    import safetensors
+
+    projector, log = train_in_process(
+        monkeypatch, capsys, mini, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2",
+        "--group_by_modality_length", "True", "--hacl_queue_size", "12", "--hacl_negatives", "batch",
+    )  # fmt: skip
+    assert sorted(projector) == [f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in ("bias", "weight")]
+    steps = [x for x in log if "loss" in x]
+    assert len(steps) == 4
+    for x in steps:
+        want = {"loss_lm", "loss_i2t", "loss_t2i", "temperature", "retrieval_accuracy", "closer_to_true"}
+        assert want <= set(x)
+        assert abs(x["loss"] - (x["loss_lm"] + (x["loss_i2t"] + x["loss_t2i"]) / 2)) < 2e-3
+        assert 0 <= x["closer_to_true"] <= 1 and 0 <= x["retrieval_accuracy"] <= 1
+    for folder in (tmp_path / "out", tmp_path / "out/checkpoint-2", tmp_path / "out/checkpoint-4"):
+        assert (folder / "mm_projector.bin").exists() and (folder / "config.json").exists()
+        with safetensors.safe_open(folder / "hacl_head.safetensors", "pt") as file:
+            assert set(file.keys()) == {
+                "log_temperature", "text.bias", "text.weight", "visual.bias", "visual.weight",
+            }  # fmt: skip
+            assert json.loads(file.metadata()["hacl"])["queue_size"] == 12
+    # The heads have trained (the release left them at their start).
+    first, last = (safetensors.torch.load_file(tmp_path / "out" / n / "hacl_head.safetensors")
+                   for n in ("checkpoint-2", "checkpoint-4"))  # fmt: skip
+    assert all(not torch.equal(first[k], last[k]) for k in first)
+    # A second start in the same folder is refused in so many words.
+    status, _, err = run_main(monkeypatch, capsys, *arguments(mini, tmp_path / "out", "--use_cpu", "True"))
+    assert status == 2 and "cannot be resumed" in err
+
+
+def test_lora_run_leaves_the_heads_alone(monkeypatch, capsys, mini, tmp_path, train_module):
+    argv = arguments(mini, tmp_path / "lora", "--use_cpu", "True", "--lora_enable", "True", "--lora_r", "4")
+    argv[argv.index("--tune_mm_mlp_adapter") + 1] = "False"
+    status, _, err = run_main(monkeypatch, capsys, *argv)
+    assert status == 0, err
+    targets = json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"]
+    assert not {"visual", "text", "hacl_head"} & set(targets) and "q_proj" in targets
+    assert (tmp_path / "lora/hacl_head.safetensors").exists()
