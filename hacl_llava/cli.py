@@ -1,4 +1,4 @@
-"""``hacl-llava``: the tools beside training. Floor 5; each command imports what it needs when it runs."""
+"""``hacl-llava``: the tools beside training. Floor 6; each command imports what it needs when it runs."""
 
 import argparse
 import sys
@@ -70,7 +70,7 @@ def _patch(args):
 
 
 def _demo(args):
-    from .miniature.demo import run
+    from .demo import run
 
     return run(args.output, images=args.images, epochs=args.epochs, seed=args.seed, processes=args.processes)
 
@@ -106,8 +106,8 @@ def _parser():
         "a projector with HACL through DeepSpeed, and say what it learnt.",
     )
     command.add_argument("--output", default="runs/demo", help="folder for everything made (default: %(default)s)")
-    command.add_argument("--images", type=int, default=4000, help="training images (default: %(default)s)")
-    command.add_argument("--epochs", type=int, default=4, help="passes over them (default: %(default)s)")
+    command.add_argument("--images", type=int, default=6000, help="training images (default: %(default)s)")
+    command.add_argument("--epochs", type=int, default=5, help="passes over them (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of scenes, models and training (default: %(default)s)")
     command.add_argument("--processes", type=int, default=1, help="ranks for DeepSpeed (default: %(default)s)")
     command.set_defaults(run=_demo)

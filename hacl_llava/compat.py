@@ -101,6 +101,28 @@ def _deepspeed_on_cpu():
     arguments.is_torch_bf16_gpu_available = lambda: True
 
 
+def _accumulation_under_zero():
+    # Gradient accumulation under ZeRO-2 and -3: accelerate 0.34, the last that goes with transformers 4.37, enters the
+    # no_sync of DeepSpeed's engine, which recent DeepSpeed refuses with partitioned gradients. DeepSpeed knows its
+    # accumulation steps itself. Newer accelerate skips it there too; goes with transformers 4.37.
+    import contextlib
+
+    from accelerate import Accelerator
+
+    no_sync = Accelerator.no_sync
+    if "zero_stage" in inspect.getsource(no_sync) or getattr(no_sync, "_hacl", False):
+        return
+
+    @contextlib.contextmanager
+    def wrapped(self, model):
+        zero = getattr(self.state, "deepspeed_plugin", None)
+        with contextlib.nullcontext() if zero is not None and zero.zero_stage >= 2 else no_sync(self, model):
+            yield
+
+    wrapped._hacl = True
+    Accelerator.no_sync = wrapped
+
+
 # --- after llava is imported ------------------------------------------------------------------------------------------
 
 
@@ -130,7 +152,9 @@ def _trainer_methods(trainer_class):
     if "tokenizer" not in _parameters(Trainer.__init__):  # renamed in 4.46, the old name gone in 5.0
 
         def __init__(self, *args, tokenizer=None, processing_class=None, **kwargs):
-            Trainer.__init__(self, *args, processing_class=tokenizer if processing_class is None else processing_class, **kwargs)
+            Trainer.__init__(
+                self, *args, processing_class=tokenizer if processing_class is None else processing_class, **kwargs
+            )
 
         trainer_class.__init__ = __init__
 
@@ -186,6 +210,7 @@ def _import_llava():
 _layernorm_list()
 _argument_aliases()
 _deepspeed_on_cpu()
+_accumulation_under_zero()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
 _forward_arguments(LlavaLlamaForCausalLM)
 _forward_arguments(LlavaMistralForCausalLM)

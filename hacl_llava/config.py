@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-
 NEGATIVES = Literal["own", "batch", "global"]
 
 

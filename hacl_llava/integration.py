@@ -76,8 +76,8 @@ def _argument_classes(stock, use_hacl, choose):
         HaclConfig.from_arguments(arguments)  # refuses wrong values before anything is loaded
         if not arguments.tune_mm_mlp_adapter:
             warnings.warn(
-                "HACL belongs to stage 1 (--tune_mm_mlp_adapter True); the paper's ablation found that training the LLM "
-                "with it costs a lot.",
+                "HACL belongs to stage 1 (--tune_mm_mlp_adapter True): the paper's ablation found that training the "
+                "LLM with it costs a lot.",
                 stacklevel=2,
             )
         if arguments.vision_tower is None:

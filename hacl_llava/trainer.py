@@ -63,11 +63,15 @@ class HaclTrainer(LLaVATrainer):
             flush=True,
         )
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not self._said and self.is_world_process_zero():
+            self._say_what_runs()
+        self._said = True
+        return loss
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            if not self._said and self.is_world_process_zero():
-                self._say_what_runs()
-            self._said = True
             logs = {**logs, **{k: round(v, 4) for k, v in self.model.hacl_metrics().items()}}
         return super().log(logs, *args, **kwargs)
 

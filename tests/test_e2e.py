@@ -66,6 +66,69 @@ def test_deepspeed_trains_on_two_processes(mini, tmp_path, config, stage, negati
     assert (tmp_path / "out/hacl_head.safetensors").exists()
 
 
+@pytest.mark.distributed
+def test_ranks_stay_in_step_on_mixed_records(mini, tmp_path, records):
+    """Text-only batches beside image batches, records without hallucinated captions, a last batch that is not full,
+    accumulation and worker processes: under ZeRO-3 a rank that ran one pass less would hang the other."""
+    rows = []
+    for i, record in enumerate(records[:27]):
+        row = {k: v for k, v in record.items() if k != "hallucinated_captions" or i % 3}
+        if i % 4 == 0:
+            del row["image"]
+            row["conversations"] = [{"from": "human", "value": "Hello."}, row["conversations"][1]]
+        rows.append(row)
+    (tmp_path / "mixed.json").write_text(json.dumps(rows))
+    done = launch(
+        2, "scripts/pretrain_hacl.py", "--deepspeed", "zero_configs/zero3.json",
+        *arguments(mini, tmp_path / "out", "--data_path", tmp_path / "mixed.json", "--hacl_negatives", "global"),
+        *("--group_by_modality_length", "True", "--per_device_train_batch_size", "3", "--bf16", "True"),
+        *("--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2", "--hacl_queue_size", "7"),
+    )  # fmt: skip
+    assert "27 records, 20 with an image, 18 with hallucinated captions" in done.stdout
+    assert len(log_of(tmp_path / "out")) >= 2
+    assert (tmp_path / "out/mm_projector.bin").exists()
+
+
+def test_script_of_the_real_run_as_it_is(mini, tmp_path):
+    """scripts/pretrain_7b.sh with the miniature's paths; on a CPU without tf32."""
+    env = {
+        "DATA": str(mini.folder), "JSON": str(mini.data), "LLM": str(mini.llm), "TOWER": str(mini.clip),
+        "OUTPUT": str(tmp_path / "out"), "LAUNCHER_ARGS": f"--num_gpus 1 --master_port {free_port()}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    run("bash", "scripts/pretrain_7b.sh", "--tf32", "False", "--per_device_train_batch_size", "8", **env)
+    assert (tmp_path / "out/mm_projector.bin").exists()
+    assert json.loads((tmp_path / "out/config.json").read_text())["hacl"]["queue_size"] == 16384
+
+
+def test_script_for_several_nodes(tmp_path):
+    """What it hands to the launcher (a stand-in here, which prints it: several nodes need ssh)."""
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MASTER_PORT": "29511"}
+    hostfile = tmp_path / "hostfile"
+    done = run("bash", "scripts/pretrain_7b_multinode.sh", hostfile, check=False, **env)
+    assert done.returncode == 2 and "cannot be read; a line is: NAME slots=GPUS" in done.stderr
+    hostfile.write_text("# nothing\n")
+    done = run("bash", "scripts/pretrain_7b_multinode.sh", hostfile, check=False, **env)
+    assert done.returncode == 2 and "names no GPUs" in done.stderr
+    hostfile.write_text("# two of eight\nnode1 slots=8\nnode2 slots=8\n")
+    out = run("bash", "scripts/pretrain_7b_multinode.sh", hostfile, "--hacl_negatives", "batch", **env).stdout
+    assert out.startswith(f"--hostfile {hostfile} --master_port 29511 scripts/pretrain_hacl.py --deepspeed")
+    assert out.rstrip().endswith("--per_device_train_batch_size 16 --hacl_negatives batch")
+
+
+def test_demo(tmp_path):
+    cli = Path(sys.executable).parent / "hacl-llava"
+    done = run(sys.executable, cli, "demo", "--output", tmp_path, "--images", 64, "--epochs", 1, "--processes", 2)
+    assert "engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu, fused passes" in done.stdout
+    assert re.search(r"closer to true than hallucinated +0\.\d+ +0\.\d+", done.stdout)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seed"] == 0 and summary["after"]["images"] == 32 and "--hacl_negatives" in summary["command"]
+    assert summary["after"]["loss_lm"] != summary["before"]["loss_lm"]
+    assert (tmp_path / "llava-hacl-pretrain/mm_projector.bin").exists()
+
+
 def test_help_of_the_entry_point_through_the_launcher():
     done = launch(1, "scripts/pretrain_hacl.py", "--help")
     assert "--hacl_weight FLOAT" in done.stdout and "deepspeed scripts/pretrain_hacl.py" in done.stdout

@@ -1,14 +1,16 @@
 """Tiny Llama and CLIP checkpoints on disk, laid out as the real ones are (Vicuna v1.5, openai/clip-vit-*).
 
-The LLM may be trained on captions for a moment, so that a frozen LLM has something to say; the vision tower keeps its
-random weights, which is enough for features that a projector can learn from.
+Both may be trained for a moment, so that a frozen LLM has something to say and a frozen tower something to see.
 """
 
 import json
 import random
 from pathlib import Path
 
-from .world import SIZE, caption_of, make_scene
+from .world import COLOURS, SHAPES, SIZE, caption_of, make_scene, render
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def make_tokenizer(folder, seed=0, vocab_size=160):
@@ -94,7 +96,8 @@ def make_llm(folder, seed=0, steps=0, hidden_size=64, layers=2, progress=False):
 
 
 def _train_on_captions(model, pieces, steps, seed, progress):
-    """Documents of two captions of one scene, its groups in another order after EOS: so EOS comes to sum up a text."""
+    """Documents of two captions of one scene with EOS between, of which the second sees of the first only its EOS:
+    so the state at EOS comes to sum up a text, as it does in an LLM that has read much."""
     import torch
     from tqdm import tqdm
 
@@ -104,15 +107,18 @@ def _train_on_captions(model, pieces, steps, seed, progress):
     losses = []
     bar = tqdm(range(steps), desc="tiny LLM", disable=not progress)
     for _ in bar:
-        rows = []
+        rows, ends = [], []
         for _ in range(48):
             scene = make_scene(rng)
             row = [1, *pieces.encode(caption_of(scene)), 2]
-            row += pieces.encode(caption_of(rng.sample(scene, len(scene)))) + [2]
-            rows.append(torch.tensor(row))
+            ends.append(len(row) - 1)
+            rows.append(torch.tensor(row + pieces.encode(caption_of(rng.sample(scene, len(scene)))) + [2]))
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-        mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]
-        loss = model(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss
+        columns, end = torch.arange(ids.shape[1]), torch.tensor(ends)[:, None, None]
+        real = columns[None] < torch.tensor([len(r) for r in rows])[:, None]
+        see = (columns[:, None] >= columns[None])[None] & ((columns[:, None] <= end) | (columns[None] >= end))
+        # Boolean and with sdpa, the one mask that every transformers version reads alike.
+        loss = model(input_ids=ids, attention_mask=see[:, None], labels=ids.masked_fill(~real, -100)).loss
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -122,8 +128,14 @@ def _train_on_captions(model, pieces, steps, seed, progress):
     return sum(losses[-20:]) / len(losses[-20:])
 
 
-def make_vision_tower(folder, seed=0, hidden_size=64, layers=2):
-    """Write a CLIP vision checkpoint with random weights and its image processor's settings (3 x 3 patches)."""
+def make_vision_tower(folder, seed=0, steps=0, hidden_size=64, layers=2, progress=False):
+    """Write a CLIP vision checkpoint and its image processor's settings: 3 x 3 patches, one for each cell of a scene.
+
+    ``steps`` > 0 trains it to name what is in each cell, at the layer that LLaVA reads (the one before the last).
+
+    Returns:
+        The share of cells named right in the last steps, or None without training.
+    """
     import safetensors.torch
     import torch
     import transformers
@@ -141,6 +153,7 @@ def make_vision_tower(folder, seed=0, hidden_size=64, layers=2):
             projection_dim=hidden_size,
         )
         model = transformers.CLIPVisionModel(config)
+        accuracy = _train_on_cells(model, steps, seed, progress) if steps else None
     # Published CLIP checkpoints name their weights vision_model.*; transformers 5 would save without that prefix, and
     # older versions would then take random weights instead. Written so, every version reads the same tower.
     prefix = "vision_model."
@@ -155,11 +168,51 @@ def make_vision_tower(folder, seed=0, hidden_size=64, layers=2):
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_mean": CLIP_MEAN,
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_std": CLIP_STD,
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": SIZE},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+    return accuracy
+
+
+def _train_on_cells(model, steps, seed, progress):
+    """Classify each cell: empty, or which shape, which colour, how many."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    rng = random.Random(seed + 2)
+    sizes = (len(SHAPES) + 1, len(COLOURS) + 1, 4)
+    head = torch.nn.Linear(model.config.hidden_size, sum(sizes))
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+    colours, right = list(COLOURS), []
+    bar = tqdm(range(steps), desc="tiny vision tower", disable=not progress)
+    for _ in bar:
+        scenes = [make_scene(rng) for _ in range(64)]
+        pixels = torch.stack([torch.from_numpy(np.array(render(s, rng))).permute(2, 0, 1) for s in scenes])
+        target = torch.zeros(len(scenes), 9, 3, dtype=torch.long)
+        for row, scene in zip(target, scenes):
+            for count, colour, shape, cell in scene:
+                row[cell] = torch.tensor([SHAPES.index(shape) + 1, colours.index(colour) + 1, count])
+        states = model((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[-2][:, 1:]
+        scores = head(states).split(sizes, dim=-1)
+        loss = sum(
+            torch.nn.functional.cross_entropy(x.flatten(0, 1), target[..., i].flatten()) for i, x in enumerate(scores)
+        )
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            guess = torch.stack([x.argmax(-1) for x in scores], -1)
+            filled = target[..., 0] > 0
+            right.append((guess == target).all(-1)[filled].float().mean().item())
+        bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right[-1]:.2f}")
+    return sum(right[-20:]) / len(right[-20:])
