@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hacl_llava", "hacl_llava.*"]),
-    python_requires=">=3.9",  # LLaVA's own stack runs on 3.10; our tests on 3.11
+    python_requires=">=3.10",  # LLaVA's own stack runs on 3.10; the tests on 3.11
     install_requires=[
         "torch>=2.1",  # scaled_dot_product_attention with a mask, as transformers calls it
         "transformers>=4.37.2,<6",  # LLaVA's own, up to the major version that CI runs

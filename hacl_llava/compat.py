@@ -42,7 +42,7 @@ def _layernorm_list():
 RENAMED_ARGUMENTS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "no_cuda": "use_cpu"}
 
 
-def _argument_aliases():
+def _argument_parser():
     # LLaVA's scripts are many and stay as they are. Goes when LLaVA's scripts change.
     import transformers
 
@@ -59,6 +59,14 @@ def _argument_aliases():
                 if f"--{old}" not in known and f"--{new}" in known:
                     known[f"--{new}"].option_strings.append(f"--{old}")
                     known[f"--{old}"] = known[f"--{new}"]
+
+        def parse_args_into_dataclasses(self, *args, **kwargs):
+            # Not for a version's sake: the one moment when all of LLaVA's arguments are known and nothing is loaded.
+            parsed = super().parse_args_into_dataclasses(*args, **kwargs)
+            for arguments in parsed:
+                if hasattr(arguments, "hacl_parsed"):
+                    arguments.hacl_parsed(parsed)
+            return parsed
 
     transformers.HfArgumentParser = HfArgumentParser
 
@@ -208,7 +216,7 @@ def _import_llava():
 
 
 _layernorm_list()
-_argument_aliases()
+_argument_parser()
 _deepspeed_on_cpu()
 _accumulation_under_zero()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()

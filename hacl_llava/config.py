@@ -97,6 +97,15 @@ class HaclConfig:
         return asdict(self)
 
 
-def hacl_argument_fields():
-    """``(name, type, field)`` of each ``--hacl_*`` flag, as ``dataclasses.make_dataclass`` takes them."""
-    return [(f"hacl_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in fields(HaclConfig)]
+USE_HACL = "Train with HACL: contrast each image with its caption, with hallucinated captions as hard negatives."
+
+
+def hacl_argument_fields(use_hacl):
+    """``(name, type, field)`` of ``--use_hacl``, with this default, and of each ``--hacl_*`` flag.
+
+    As ``dataclasses.make_dataclass`` takes them.
+    """
+    flags = [("use_hacl", bool, _setting(use_hacl, USE_HACL))]
+    return flags + [
+        (f"hacl_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in fields(HaclConfig)
+    ]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 # The miniature's recipe: no heads and a fixed temperature; everything else is LLaVA-1.5's stage 1.
 SETTINGS = {"weight": 1.0, "learnable_temperature": False, "negatives": "batch", "head_dim": 0}
 BATCH = 32
-LLM_STEPS, TOWER_STEPS = 400, 400
+LLM_STEPS, TOWER_STEPS, LOGGING_STEPS = 400, 400, 10
 
 
 def run(output, images=6000, epochs=5, seed=0, processes=1):
@@ -42,33 +42,42 @@ def run(output, images=6000, epochs=5, seed=0, processes=1):
     script, zero = ROOT / "scripts/pretrain_hacl.py", ROOT / "zero_configs/zero2.json"
     if not script.exists():
         raise HaclError(f"the demo runs {script.name} and {zero.name} of a checkout; {ROOT} is not one. Use make demo.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported, here and in the run
     started = time.time()
     train_json = _make_everything(output, images, seed)
     stage1 = output / "llava-hacl-pretrain"
     shutil.rmtree(stage1, ignore_errors=True)
     before = _measure(output, None, seed)
-    command = [
-        *(str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", _free_port()),
-        *(str(script), "--deepspeed", str(zero), "--model_name_or_path", str(output / "llm"), "--version", "plain"),
-        *("--data_path", str(train_json), "--image_folder", str(output / "images")),
-        *("--vision_tower", str(output / "clip"), "--mm_projector_type", "mlp2x_gelu", "--tune_mm_mlp_adapter", "True"),
-        *("--mm_vision_select_layer", "-2", "--mm_use_im_start_end", "False", "--mm_use_im_patch_token", "False"),
-        *("--output_dir", str(stage1), "--num_train_epochs", str(epochs), "--seed", str(seed)),
-        *("--per_device_train_batch_size", str(max(1, BATCH // processes)), "--gradient_accumulation_steps", "1"),
-        *("--save_strategy", "no", "--learning_rate", "6e-3", "--weight_decay", "0.", "--warmup_ratio", "0.03"),
-        *("--lr_scheduler_type", "cosine", "--logging_steps", "10", "--model_max_length", "512"),
-        *(
-            "--lazy_preprocess",
-            "True",
-            "--dataloader_num_workers",
-            "0",
-            "--report_to",
-            "none",
-            "--disable_tqdm",
-            "True",
-        ),
-        *(x for name, value in SETTINGS.items() for x in (f"--hacl_{name}", str(value))),
-    ]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", _free_port()]
+    flags = {
+        "deepspeed": zero,
+        "model_name_or_path": output / "llm",
+        "version": "plain",
+        "data_path": train_json,
+        "image_folder": output / "images",
+        "vision_tower": output / "clip",
+        "mm_projector_type": "mlp2x_gelu",
+        "tune_mm_mlp_adapter": True,
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "output_dir": stage1,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": max(1, BATCH // processes),
+        "learning_rate": 6e-3,
+        "weight_decay": 0.0,
+        "warmup_ratio": 0.03,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "no",
+        "logging_steps": LOGGING_STEPS,
+        "model_max_length": 512,
+        "lazy_preprocess": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        **{f"hacl_{name}": value for name, value in SETTINGS.items()},
+    }
+    command = [str(x) for x in (*launcher, script, *(x for k, v in flags.items() for x in (f"--{k}", v)))]
     print(f"\n$ {shlex.join(command)}\n")
     steps = epochs * -(-images // BATCH)
     if status := _train(command, output / "train.log", steps):
@@ -87,25 +96,23 @@ def _free_port():
 
 
 def _make_everything(output, images, seed):
-    print(f"Rendering {images} training and {images // 10} held-out scenes, each with two hallucinated captions ...")
+    heldout = max(BATCH, images // 10)
+    print(f"Rendering {images} training and {heldout} held-out scenes, each with two hallucinated captions ...")
     shutil.rmtree(output / "images", ignore_errors=True)
     path = world.make_dataset(output, images, seed=seed, per_caption=2, name="train")
-    world.make_dataset(output, max(BATCH, images // 10), seed=seed, per_caption=2, name="heldout")
+    world.make_dataset(output, heldout, seed=seed, per_caption=2, name="heldout")
     loss = models.make_llm(output / "llm", seed=seed, steps=LLM_STEPS, progress=True)
     seen = models.make_vision_tower(output / "clip", seed=seed, steps=TOWER_STEPS, progress=True)
-    print(
-        f"Tiny LLM: {loss:.2f} nats a token on captions. Tiny vision tower: {seen:.0%} of a scene's cells named right."
-    )
+    print(f"Tiny LLM: {loss:.2f} nats a token on captions. Tiny vision tower: {seen:.0%} of the cells named right.")
     return path
 
 
 def _train(command, log, steps):
     """Run the launcher; its output goes to ``log``, a bar shows the steps with the parts of the loss."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with (
         open(log, "w", encoding="utf-8") as file,
         tqdm(total=steps, desc="stage 1 with HACL", unit="step") as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
         for line in process.stdout:
             file.write(line)
@@ -116,7 +123,7 @@ def _train(command, log, steps):
                 logs = {k: float(v) for k, v in ast.literal_eval(line.strip()).items()}
                 names = {"lm": "loss_lm", "i2t": "loss_i2t", "t2i": "loss_t2i", "closer": "closer_to_true"}
                 bar.set_postfix({k: f"{logs[v]:.2f}" for k, v in names.items() if v in logs})
-                bar.update(min(10, steps - bar.n))
+                bar.update(min(LOGGING_STEPS, steps - bar.n))
         bar.update(steps - bar.n)
     return process.returncode
 
@@ -133,7 +140,7 @@ def _measure(output, projector, seed):
     from llava import conversation
 
     torch.manual_seed(seed)
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model = HaclLlavaLlamaForCausalLM.from_pretrained(str(output / "llm"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(output / "llm"), use_fast=False, model_max_length=512)
     tokenizer.pad_token = tokenizer.unk_token
@@ -194,7 +201,9 @@ def _report(output, stage1, before, after, command, seed, images, seconds):
     print(f"{'':34}{'before':>9}{'after':>9}")
     for key, text in ROWS:
         print(f"{text:34}{before[key]:9.3f}{after[key]:9.3f}")
-    print("\nA miniature trained in a minute shows that everything runs and learns; it is no claim about a 7B model.\n")
+    print(
+        "\nA miniature trained in two minutes shows that everything runs and learns; it is no claim about a 7B model.\n"
+    )
     for path, text in (
         (stage1 / "mm_projector.bin", "the projector, as LLaVA's stage 2 takes it"),
         (stage1 / "hacl_head.safetensors", "temperature (and heads, where there are any)"),

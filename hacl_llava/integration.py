@@ -8,12 +8,13 @@ import dataclasses
 import os
 import warnings
 
+import transformers
+
 from . import compat
 from .config import HaclConfig, HaclError, hacl_argument_fields
 
 NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
 _STOCK = "_hacl_stock_names"
-USE_HACL = "Train with HACL: contrast each image with its caption, with hallucinated captions as hard negatives."
 
 
 def install(namespace, use_hacl=False):
@@ -66,47 +67,55 @@ def _argument_classes(stock, use_hacl, choose):
 
     ``choose`` is called with the parsed model arguments, before train() looks up anything else.
     """
-    parsed = {}
 
-    def check_model_arguments(arguments):
-        parsed["model"] = arguments
-        choose(arguments)
-        if not arguments.use_hacl:
-            return
-        HaclConfig.from_arguments(arguments)  # refuses wrong values before anything is loaded
-        if not arguments.tune_mm_mlp_adapter:
-            warnings.warn(
-                "HACL belongs to stage 1 (--tune_mm_mlp_adapter True): the paper's ablation found that training the "
-                "LLM with it costs a lot.",
-                stacklevel=2,
-            )
-        if arguments.vision_tower is None:
-            raise HaclError("--use_hacl contrasts images: give --vision_tower, a CLIP checkpoint.")
-        if "mpt" in arguments.model_name_or_path:
-            raise HaclError(
-                f"--model_name_or_path {arguments.model_name_or_path}: LLaVA takes a name with 'mpt' in it for an MPT "
-                "model, and HACL is for Llama-family models; give the folder another name."
-            )
+    def check(model):
+        choose(model)
+        if model.use_hacl:
+            HaclConfig.from_arguments(model)  # refuses wrong values before anything is loaded
 
-    def check_data_arguments(arguments):
-        model = parsed["model"]
+    def parsed(model, arguments):
+        # compat's parser calls this with all three; nothing is loaded yet.
+        _, data, training = arguments
         if not model.use_hacl:
             return
-        from .data import DataError, check_records, read_records
+        model.hacl_num_hallucinated = data.hacl_num_hallucinated
+        HaclConfig.from_arguments(model)
+        _check_run(model, data)
+        # LLaVA makes its projector before the Trainer seeds anything, and so does HACL its heads.
+        transformers.set_seed(training.seed)
 
-        if not arguments.data_path:
-            raise DataError("--data_path is missing: give it a LLaVA-format json.")
-        arguments.hacl_num_hallucinated = model.hacl_num_hallucinated  # for the dataset, which sees only these
-        records = read_records(arguments.data_path)
-        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # once a machine; the launcher ends the others with this one
-            check_records(arguments.data_path, records, arguments.image_folder, plain=model.version == "plain")
+    flags = hacl_argument_fields(use_hacl)
+    for_data = [f for f in flags if f[0] == "hacl_num_hallucinated"]  # the dataset sees the data arguments alone
+    for_model = [f for f in flags if f not in for_data]
 
-    def extended(name, fields, check):
-        # LLaVA's own first in the help, ours behind it.
-        return dataclasses.make_dataclass(name, fields, bases=(stock[name],), namespace={"__post_init__": check})
+    def extended(name, fields, **methods):
+        return dataclasses.make_dataclass(name, fields, bases=(stock[name],), namespace=methods)
 
-    flag = ("use_hacl", bool, dataclasses.field(default=use_hacl, metadata={"help": USE_HACL}))
     return {
-        "ModelArguments": extended("ModelArguments", [flag, *hacl_argument_fields()], check_model_arguments),
-        "DataArguments": extended("DataArguments", [], check_data_arguments),
+        "ModelArguments": extended("ModelArguments", for_model, __post_init__=check, hacl_parsed=parsed),
+        "DataArguments": extended("DataArguments", for_data),
     }
+
+
+def _check_run(model, data):
+    """Refuse, before a 7B model is loaded, what would fail later."""
+    from .data import DataError, check_records, read_records
+
+    if model.vision_tower is None:
+        raise HaclError("--use_hacl contrasts images: give --vision_tower, a CLIP checkpoint.")
+    if "mpt" in model.model_name_or_path:
+        raise HaclError(
+            f"--model_name_or_path {model.model_name_or_path}: LLaVA takes a name with 'mpt' in it for an MPT model, "
+            "and HACL is for Llama-family models; give the folder another name."
+        )
+    if not model.tune_mm_mlp_adapter:
+        warnings.warn(
+            "HACL belongs to stage 1 (--tune_mm_mlp_adapter True): the paper's ablation found that training the LLM "
+            "with it costs a lot.",
+            stacklevel=2,
+        )
+    if not data.data_path:
+        raise DataError("--data_path is missing: give it a LLaVA-format json.")
+    records = read_records(data.data_path)
+    if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # once a machine; the launcher ends the others with this one
+        check_records(data.data_path, records, data.image_folder, plain=model.version == "plain")

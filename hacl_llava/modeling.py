@@ -209,7 +209,7 @@ class HaclMixin:
                 f"HACL needs right padding; config.tokenizer_padding_side is {self.config.tokenizer_padding_side!r}."
             )
         if self.hacl_fused is None:
-            self._check_fused()
+            self._check_fused(input_ids.device)
 
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -366,15 +366,15 @@ class HaclMixin:
             caption than to each of their hallucinated ones); empty before the first HACL step, and without the shares
             that had nothing to count.
         """
-        sums = torch.zeros(9, dtype=torch.float64, device=self.device) if self._hacl_sums is None else self._hacl_sums
+        if self._hacl_sums is None:  # on all ranks alike, since they run the same steps
+            return {}
+        sums = self._hacl_sums
         if dist.is_available() and dist.is_initialized():
             sums = sums.clone()
             dist.all_reduce(sums)
         lm, i2t, t2i, temperature, right, of, closer, closer_of, steps = sums.tolist()
         if reset:
             self.reset_hacl_metrics()
-        if not steps:
-            return {}
         figures = {
             "loss_lm": lm / steps,
             "loss_i2t": i2t / steps,
@@ -390,14 +390,13 @@ class HaclMixin:
     # --- the self-check -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _check_fused(self):
+    def _check_fused(self, device):
         """Compare fused and separate passes on this very model, once; on a difference, fall back and say why.
 
         Some attention implementations read a boolean 4-D mask wrongly without an error (eager attention from
         transformers 4.48 on), and others refuse it; all ranks take the same way.
         """
-        weight = self.get_input_embeddings().weight
-        device, dtype = self.device, weight.dtype
+        dtype = self.get_input_embeddings().weight.dtype
         generator = torch.Generator(device="cpu").manual_seed(0)
         ids = torch.randint(3, self.config.vocab_size, (2, 9), generator=generator).to(device)
         mask = torch.ones(2, 9, dtype=torch.bool, device=device)

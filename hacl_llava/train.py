@@ -37,7 +37,6 @@ COMMON = {
 def _show_help():
     """The flags that matter, first HACL's; the hundreds of others are one flag away."""
     from .config import hacl_argument_fields
-    from .integration import USE_HACL
 
     parser = argparse.ArgumentParser(
         prog="pretrain_hacl.py",
@@ -48,8 +47,7 @@ def _show_help():
         add_help=False,
     )
     hacl = parser.add_argument_group("HACL")
-    hacl.add_argument("--use_hacl", metavar="True|False", help=USE_HACL + " (default: True)")
-    for name, kind, field in hacl_argument_fields():
+    for name, kind, field in hacl_argument_fields(use_hacl=True):
         choices = getattr(kind, "__args__", None)
         metavar = "|".join(choices) if choices else "True|False" if kind is bool else kind.__name__.upper()
         hacl.add_argument(f"--{name}", metavar=metavar, help=f"{field.metadata['help']} (default: {field.default})")

@@ -55,9 +55,10 @@ class HaclTrainer(LLaVATrainer):
             if p.requires_grad:
                 part = "hacl_head" if "hacl_head." in name else "mm_projector" if "mm_projector" in name else "LLM"
                 trained[part] = trained.get(part, 0) + getattr(p, "ds_numel", p.numel())
+        zero = "" if stage is None else f" ZeRO-{stage}"
+        ranks = f"{self.args.world_size} rank{'s' if self.args.world_size > 1 else ''} on {self.args.device.type}"
         print(
-            f"HACL run: engine {type(engine).__name__}{f' ZeRO-{stage}' if stage is not None else ''}, "
-            f"{self.args.world_size} ranks on {self.args.device.type}, {'fused' if model.hacl_fused else 'separate'} "
+            f"HACL run: engine {type(engine).__name__}{zero}, {ranks}, {'fused' if model.hacl_fused else 'separate'} "
             f"passes, negatives {config.negatives}, queue {config.queue_size}, weight {config.weight}; trained: "
             + ", ".join(f"{part} {n:,}" for part, n in sorted(trained.items())),
             flush=True,

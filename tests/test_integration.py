@@ -58,17 +58,19 @@ def test_config_and_loss_name_the_same_negatives():
     assert config.NEGATIVES.__args__ == loss.NEGATIVES
 
 
-def test_every_setting_is_a_flag_with_a_help_text(train_module):
+def test_every_setting_is_a_flag_with_a_help_text(train_module, tmp_path):
     import transformers
 
     integration.install(vars(train_module))
-    parser = transformers.HfArgumentParser((train_module.ModelArguments, train_module.DataArguments))
+    names = ("ModelArguments", "DataArguments", "TrainingArguments")
+    parser = transformers.HfArgumentParser([getattr(train_module, name) for name in names])
     actions = {a.dest: a for a in parser._actions}
     for name in HaclConfig().to_dict():
         assert len(actions[f"hacl_{name}"].help) > 20
-    args, _ = parser.parse_args_into_dataclasses(
-        ["--use_hacl", "False", "--hacl_negatives", "global", "--hacl_queue_size", "16384", "--hacl_fused", "False"]
-    )
+    argv = ["--use_hacl", "False", "--hacl_negatives", "global", "--hacl_queue_size", "16384", "--hacl_fused", "False"]
+    argv += ["--hacl_num_hallucinated", "3", "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    args, data, _ = parser.parse_args_into_dataclasses(argv)
+    assert data.hacl_num_hallucinated == 3
     config = HaclConfig.from_arguments(args)
     assert config == HaclConfig(negatives="global", queue_size=16384, fused=False)
     assert HaclConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -229,6 +231,16 @@ def test_run_with_hacl_logs_its_parts_and_saves_the_heads(monkeypatch, capsys, m
     # A second start in the same folder is refused in so many words.
     status, _, err = run_main(monkeypatch, capsys, *arguments(mini, tmp_path / "out", "--use_cpu", "True"))
     assert status == 2 and "cannot be resumed" in err
+
+
+def test_the_seed_is_the_whole_run(monkeypatch, capsys, mini, tmp_path, train_module):
+    first, log = train_in_process(monkeypatch, capsys, mini, tmp_path / "a", "--seed", "3")
+    torch.manual_seed(123)  # whatever stood in the generator before
+    status, _, _ = run_main(monkeypatch, capsys, *arguments(mini, tmp_path / "b", "--use_cpu", "True", "--seed", "3"))
+    second = torch.load(tmp_path / "b/mm_projector.bin", weights_only=True)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    other, _ = train_in_process(monkeypatch, capsys, mini, tmp_path / "c", "--seed", "4")
+    assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
 def test_lora_run_leaves_the_heads_alone(monkeypatch, capsys, mini, tmp_path, train_module):
