@@ -212,4 +212,4 @@ def _report(output, stage1, before, after, command, seed, images, seconds):
         (output / "train.log", "all that the launcher printed"),
         (output / "summary.json", "the figures above, seed, versions, command"),
     ):
-        print(f"{str(path):48} {text}")
+        print(f"{str(path):52} {text}")

@@ -79,7 +79,10 @@ def main():
     try:
         llava_train.train()
     except HaclError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # from a data worker process, of which only the last line is ours
+            message = message.strip().splitlines()[-1].removeprefix("hacl_llava.data.DataError: ")
+        print(f"\nerror: {message}", file=sys.stderr)
         return 2
     return 0
 

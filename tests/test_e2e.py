@@ -135,7 +135,8 @@ def test_help_of_the_entry_point_through_the_launcher():
 
 
 def test_module_door_and_help_all(mini, tmp_path):
-    out = run(sys.executable, "-m", "hacl_llava.train", *arguments(mini, tmp_path / "out", "--use_cpu", "True"))
+    # An installed package has no scripts/: the launcher takes the module.
+    out = launch(1, "--module", "hacl_llava.train", *arguments(mini, tmp_path / "out", "--use_cpu", "True"))
     assert "HACL run: engine" in out.stdout and (tmp_path / "out/hacl_head.safetensors").exists()
     text = run(sys.executable, "-m", "hacl_llava.train", "--help_all").stdout
     assert "--hacl_queue_size" in text and "--learning_rate" in text and "--warmup_ratio" in text

@@ -144,12 +144,14 @@ def fails_without_tower(monkeypatch, capsys, mini, tmp_path):
     return err
 
 
-def test_unreadable_image_in_training_is_named(monkeypatch, capsys, mini, tmp_path, records, train_module):
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unreadable_image_in_training_is_named(monkeypatch, capsys, mini, tmp_path, records, train_module, workers):
     (mini.images / "broken.png").write_text("not an image")
     rows = [{**r, "image": "broken.png"} if i == 3 else r for i, r in enumerate(records[:8])]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    line = fails(monkeypatch, capsys, mini, tmp_path, "--data_path", tmp_path / "data.json", "--use_cpu", "True")
-    assert "data.json: record 3 (id 'train-000000003'), image broken.png: cannot be used" in line
+    change = ("--data_path", tmp_path / "data.json", "--use_cpu", "True", "--dataloader_num_workers", workers)
+    line = fails(monkeypatch, capsys, mini, tmp_path, *change)
+    assert f"error: {tmp_path}/data.json: record 3 (id 'train-000000003'), image broken.png: cannot be used" in line
 
 
 def test_unknown_value_of_a_flag(monkeypatch, capsys, mini, tmp_path, train_module):
