@@ -135,9 +135,8 @@ def _accumulation_under_zero():
 
 
 def _forward_arguments(model_class):
-    # generate() hands cache_position (transformers >= 4.38) and logits_to_keep (>= 4.45) to forward, which stock LLaVA
-    # refuses (haotian-liu/LLaVA issue 1218). Neither changes a result: the first is derived from the cache when
-    # missing, the second only saves logits. Goes when LLaVA's forward takes them.
+    # generate() of transformers >= 4.38 hands cache_position to forward, which stock LLaVA refuses (haotian-liu/LLaVA
+    # issue 1218). It is derived from the cache when missing, so it may be dropped. Goes when LLaVA's forward takes it.
     forward = model_class.forward
     if "cache_position" in _parameters(forward):
         return
@@ -160,9 +159,8 @@ def _trainer_methods(trainer_class):
     if "tokenizer" not in _parameters(Trainer.__init__):  # renamed in 4.46, the old name gone in 5.0
 
         def __init__(self, *args, tokenizer=None, processing_class=None, **kwargs):
-            Trainer.__init__(
-                self, *args, processing_class=tokenizer if processing_class is None else processing_class, **kwargs
-            )
+            processing_class = tokenizer if processing_class is None else processing_class
+            Trainer.__init__(self, *args, processing_class=processing_class, **kwargs)
 
         trainer_class.__init__ = __init__
 

@@ -393,8 +393,8 @@ class HaclMixin:
     def _check_fused(self, device):
         """Compare fused and separate passes on this very model, once; on a difference, fall back and say why.
 
-        Some attention implementations read a boolean 4-D mask wrongly without an error (eager attention from
-        transformers 4.48 on), and others refuse it; all ranks take the same way.
+        Some attention implementations read a boolean 4-D mask wrongly without an error (eager attention in
+        transformers 4.57 and 5), and others refuse it; all ranks take the same way.
         """
         dtype = self.get_input_embeddings().weight.dtype
         generator = torch.Generator(device="cpu").manual_seed(0)

@@ -336,3 +336,25 @@ def test_left_padding_is_refused(mini):
     model.config.tokenizer_padding_side = "left"
     with pytest.raises(ValueError, match="right padding"):
         model(**batch)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_batch_takes_the_same_passes(mini, mixed, fused):
+    """Whatever a batch holds, the LLM runs as often and over as many rows: ranks under ZeRO-3 must not part."""
+    mixed.append(copy.deepcopy(mixed[4]))  # a second record without an image
+    model, tokenizer = load(mini, fused=fused)
+    batches = {
+        "images": (0, 2),
+        "no hallucinated captions": (1, 1),
+        "one with, one without an image": (0, 4),
+        "no image at all": (4, 7),
+    }
+    seen = {}
+    model(**batch_of(mini, model, tokenizer, (0, 1), mixed))  # with the self-check
+    hook = model.get_model().layers[0].register_forward_hook(lambda m, i, o: rows.append(i[0].shape[0]))
+    for name, indices in batches.items():
+        rows = []
+        model(**batch_of(mini, model, tokenizer, indices, mixed)).loss.backward()
+        seen[name] = rows
+    hook.remove()
+    assert set(map(tuple, seen.values())) == {(2, 6) if fused else (2, 2, 6)}, seen
