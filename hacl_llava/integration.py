@@ -7,6 +7,7 @@ done its work by then; whatever itself imports llava.train.train waits for `inst
 import dataclasses
 import os
 import warnings
+from pathlib import Path
 
 import transformers
 
@@ -80,7 +81,7 @@ def _argument_classes(stock, use_hacl, choose):
             return
         model.hacl_num_hallucinated = data.hacl_num_hallucinated
         HaclConfig.from_arguments(model)
-        _check_run(model, data)
+        _check_run(model, data, training.output_dir)
         # LLaVA makes its projector before the Trainer seeds anything, and so does HACL its heads.
         transformers.set_seed(training.seed)
 
@@ -97,7 +98,7 @@ def _argument_classes(stock, use_hacl, choose):
     }
 
 
-def _check_run(model, data):
+def _check_run(model, data, output_dir):
     """Refuse, before a 7B model is loaded, what would fail later."""
     from .data import DataError, check_records, read_records
 
@@ -113,6 +114,12 @@ def _check_run(model, data):
             "HACL belongs to stage 1 (--tune_mm_mlp_adapter True): the paper's ablation found that training the LLM "
             "with it costs a lot.",
             stacklevel=2,
+        )
+    if model.tune_mm_mlp_adapter and any(Path(output_dir).glob("checkpoint-*")):
+        # LLaVA's train() would try to resume, and fail deep inside: its stage-1 checkpoints hold the projector alone.
+        raise HaclError(
+            f"{output_dir} holds checkpoint-* of an earlier stage-1 run, which cannot be resumed (they hold the projector "
+            "and no optimizer). Give another --output_dir, or remove them to start anew."
         )
     if not data.data_path:
         raise DataError("--data_path is missing: give it a LLaVA-format json.")

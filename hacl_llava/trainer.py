@@ -6,7 +6,6 @@ from pathlib import Path
 
 from . import __version__
 from .compat import LLaVATrainer
-from .config import HaclError
 
 HEAD_FILE = "hacl_head.safetensors"
 
@@ -33,16 +32,6 @@ def save_head(model, folder, write=True):
 class HaclTrainer(LLaVATrainer):
     """`LLaVATrainer` that logs ``loss_lm``, ``loss_i2t``, ``loss_t2i``, ``temperature``, ``retrieval_accuracy`` and
     ``closer_to_true`` (see `HaclMixin.hacl_metrics`) and saves the heads beside an unchanged ``mm_projector.bin``."""
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        if resume_from_checkpoint and getattr(self.args, "tune_mm_mlp_adapter", False):
-            # LLaVA's train() asks for this as soon as a checkpoint-* is there, and then fails deep inside, because
-            # its stage-1 checkpoints hold the projector alone.
-            raise HaclError(
-                f"{self.args.output_dir} holds checkpoint-* of an earlier stage-1 run, which cannot be resumed (they "
-                "hold the projector and no optimizer). Give another --output_dir, or remove them to start anew."
-            )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     _said = False
 
