@@ -118,8 +118,8 @@ def _check_run(model, data, output_dir):
     if model.tune_mm_mlp_adapter and any(Path(output_dir).glob("checkpoint-*")):
         # LLaVA's train() would try to resume, and fail deep inside: its stage-1 checkpoints hold the projector alone.
         raise HaclError(
-            f"{output_dir} holds checkpoint-* of an earlier stage-1 run, which cannot be resumed (they hold the projector "
-            "and no optimizer). Give another --output_dir, or remove them to start anew."
+            f"{output_dir} holds checkpoint-* of an earlier stage-1 run, which cannot be resumed (they hold the "
+            "projector and no optimizer). Give another --output_dir, or remove them to start anew."
         )
     if not data.data_path:
         raise DataError("--data_path is missing: give it a LLaVA-format json.")
