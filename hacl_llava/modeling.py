@@ -136,6 +136,9 @@ class HaclMixin:
             dtype = self.get_input_embeddings().weight.dtype
             projector.to(dtype)
             self.hacl_head.to(dtype)
+        # Reentrant checkpointing complains of a pass without graph, as the text pass is. Once and for all: a filter set
+        # and unset in every step would make others' once-only warnings come back in every step.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         self.hacl_loss = HaclLoss(config.negatives, config.gather, config.queue_size)
         self.hacl_fused = None if config.fused else False  # None: not yet checked on this model
         self.config.hacl = config.to_dict()
@@ -322,10 +325,7 @@ class HaclMixin:
         lengths = torch.cat(lengths).clamp(min=1)  # a missing caption is one masked token: the pass has the same rows
         columns = torch.arange(width, device=ids.device)
         # Asked of the parameters, not of a flag: LoRA, stage 2 or trained embeddings need the graph.
-        graph = torch.is_grad_enabled() and self._llm_trains()
-        with torch.set_grad_enabled(graph), warnings.catch_warnings():
-            if not graph:  # reentrant checkpointing complains of just that
-                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._llm_trains()):
             embeds = self._embed(ids)
             states = self._hidden(embeds, columns[None] < lengths[:, None])
             return states[torch.arange(len(ids), device=ids.device), lengths - 1]

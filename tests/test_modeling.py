@@ -358,3 +358,24 @@ def test_every_batch_takes_the_same_passes(mini, mixed, fused):
         seen[name] = rows
     hook.remove()
     assert set(map(tuple, seen.values())) == {(2, 6) if fused else (2, 2, 6)}, seen
+
+
+def test_a_step_does_not_repeat_what_others_say_once(mini):
+    """Under reentrant checkpointing the text pass has nothing to differentiate and says nothing of it; and a warning
+    of another library that is shown once per place stays so."""
+    model, tokenizer = load(mini)
+    batch = batch_of(mini, model, tokenizer)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+    def somebody_else():
+        warnings.warn("once per place", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", append=True)
+        for _ in range(3):
+            somebody_else()
+            model(**batch).loss.backward()
+    said = [str(w.message) for w in caught]
+    assert said.count("once per place") == 1
+    assert not any("None of the inputs" in s for s in said)
