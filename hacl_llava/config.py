@@ -1,5 +1,6 @@
 """Every HACL setting in one checked place. Floor 0: standard library only."""
 
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
@@ -8,6 +9,11 @@ NEGATIVES = Literal["own", "batch", "global"]
 
 class HaclError(ValueError):
     """A mistake in settings or input; the message says what was got, what is allowed, and what to do."""
+
+
+def on_first_rank():
+    """Whether this process is the one that speaks (the launchers set RANK)."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _setting(default, text):

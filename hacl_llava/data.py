@@ -11,7 +11,7 @@ import os
 import torch
 
 from . import compat  # noqa: F401  (before llava)
-from .config import HaclError
+from .config import HaclError, on_first_rank
 
 # isort: split
 import llava.train.train as stock
@@ -24,11 +24,6 @@ FORMAT = (
 
 class DataError(HaclError):
     """Input data that cannot be trained on; the message names the file and the record."""
-
-
-def on_first_rank():
-    """Whether this process is the one that speaks (the launchers set RANK)."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def read_records(path):

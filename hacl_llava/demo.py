@@ -48,7 +48,7 @@ def run(output, images=6000, epochs=5, seed=0, processes=1):
     stage1 = output / "llava-hacl-pretrain"
     shutil.rmtree(stage1, ignore_errors=True)
     before = _measure(output, None, seed)
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", _free_port()]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", free_port()]
     flags = {
         "deepspeed": zero,
         "model_name_or_path": output / "llm",
@@ -89,7 +89,7 @@ def run(output, images=6000, epochs=5, seed=0, processes=1):
     return 0
 
 
-def _free_port():
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
@@ -124,8 +124,10 @@ def _train(command, log, steps):
                 names = {"lm": "loss_lm", "i2t": "loss_i2t", "t2i": "loss_t2i", "closer": "closer_to_true"}
                 bar.set_postfix({k: f"{logs[v]:.2f}" for k, v in names.items() if v in logs})
                 bar.update(min(LOGGING_STEPS, steps - bar.n))
-        bar.update(steps - bar.n)
-    return process.returncode
+        status = process.wait()
+        if not status:
+            bar.update(steps - bar.n)
+    return status
 
 
 def _measure(output, projector, seed):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import HaclError
 
-# (a line of LLaVA's train.py, what goes with it, whether before or behind it)
+# The two lines, and the lines of LLaVA's train.py that they go beside.
 IMPORT_BEFORE = "from llava.train.llava_trainer import LLaVATrainer\n"
 IMPORT = "from hacl_llava.integration import install as install_hacl  # before LLaVA's trainer\n"
 CALL_BEHIND = "def train(attn_implementation=None):\n"

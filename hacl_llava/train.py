@@ -5,8 +5,9 @@
 """
 
 import argparse
-import os
 import sys
+
+from .config import HaclError, hacl_argument_fields, on_first_rank
 
 EXAMPLE = """\
 example (one machine, all its GPUs; scripts/pretrain_7b.sh is the full run):
@@ -36,8 +37,6 @@ COMMON = {
 
 def _show_help():
     """The flags that matter, first HACL's; the hundreds of others are one flag away."""
-    from .config import hacl_argument_fields
-
     parser = argparse.ArgumentParser(
         prog="pretrain_hacl.py",
         usage="deepspeed scripts/pretrain_hacl.py [--deepspeed CONFIG] [flags]",
@@ -59,9 +58,8 @@ def _show_help():
 
 def main():
     """Entry point; a mistake in settings or data ends with one line and exit status 2."""
-    first = int(os.environ.get("RANK", 0)) == 0
     if {"-h", "--help"} & set(sys.argv[1:]):
-        if first:
+        if on_first_rank():
             _show_help()
         return 0
     sys.argv = [sys.argv[0], *("--help" if a == "--help_all" else a for a in sys.argv[1:])]
@@ -69,10 +67,9 @@ def main():
         from . import compat  # noqa: F401, I001  (before llava)
         import llava.train.train as llava_train
 
-        from .config import HaclError
         from .integration import install
     except ImportError as error:
-        if first:
+        if on_first_rank():
             print(f"error: {error}", file=sys.stderr)
         return 2
     install(vars(llava_train), use_hacl=True)
