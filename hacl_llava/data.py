@@ -1,8 +1,4 @@
-"""LLaVA's dataset and collator, plus the captions that HACL contrasts. Floor 2.
-
-A record is LLaVA's own, plus ``"hallucinated_captions"`` (a string or a list of strings); the key of the official
-release, ``"Hallucination caption"``, is read too. The caption is the first answer of the conversation.
-"""
+"""LLaVA's dataset and collator, plus the captions that HACL contrasts. Floor 2."""
 
 import functools
 import json
@@ -11,19 +7,11 @@ import os
 import torch
 
 from . import compat  # noqa: F401  (before llava)
-from .config import HaclError, on_first_rank
+from .config import on_first_rank
+from .records import DataError, caption_of, hallucinated_captions, name_of, problem_of
 
 # isort: split
 import llava.train.train as stock
-
-HALLUCINATED_KEYS = ("hallucinated_captions", "Hallucination caption")
-FORMAT = (
-    'a LLaVA record: {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}'
-)
-
-
-class DataError(HaclError):
-    """Input data that cannot be trained on; the message names the file and the record."""
 
 
 def read_records(path):
@@ -59,63 +47,6 @@ def _read_records(path, mtime, size):
     return records
 
 
-def name_of(path, index, record):
-    """How messages name a record: ``data.json: record 12 (id 'abc')``."""
-    identity = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
-    return f"{path}: record {index}{identity}"
-
-
-def hallucinated_captions(record):
-    """The record's hallucinated captions, a list of non-empty strings.
-
-    Raises:
-        DataError: they are neither a string nor a list of strings (None counts as missing).
-    """
-    for key in HALLUCINATED_KEYS:
-        value = record.get(key)
-        if value is None:
-            continue
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or any(not isinstance(v, str) and v is not None for v in value):
-            raise DataError(f"{key!r} is {str(value)[:60]!r}, expected a string or a list of strings.")
-        return [v.strip() for v in value if v and v.strip()]
-    return []
-
-
-def caption_of(record):
-    """The caption: the first answer of the conversation, or "" if it has none."""
-    return next((turn["value"].strip() for turn in record["conversations"] if turn["from"] == "gpt"), "")
-
-
-def _problem_of(record, plain):
-    """What makes a record unusable, or None."""
-    if not isinstance(record, dict):
-        return f"is a {type(record).__name__}, expected {FORMAT}"
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        return f"has no 'conversations', expected {FORMAT}"
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            return f"has the turn {str(turn)[:60]!r}, expected {{'from': 'human' or 'gpt', 'value': text}}"
-        if turn["from"] not in ("human", "gpt"):
-            return f"has a turn from {turn['from']!r}, allowed are 'human' and 'gpt'"
-    if plain and [turn["from"] for turn in turns] != ["human", "gpt"]:
-        return f"has {len(turns)} turns, but --version plain takes one question and one answer"
-    has_token = any("<image>" in turn["value"] for turn in turns if turn["from"] == "human")
-    if "image" in record:
-        if not isinstance(record["image"], str) or not record["image"]:
-            return f"has the image {record['image']!r}, expected a path relative to --image_folder"
-        if plain and "<image>" not in turns[0]["value"]:
-            return "has an image but no <image> in its question"
-    elif has_token:
-        return "has <image> in its question but no 'image'"
-    try:
-        hallucinated_captions(record)
-    except DataError as error:
-        return f"is wrong: {error}"
-    return None
-
-
 def check_records(path, records, image_folder, plain):
     """Refuse records that cannot be trained on, before anything costly is loaded.
 
@@ -124,7 +55,7 @@ def check_records(path, records, image_folder, plain):
     Raises:
         DataError: names the first bad record and how many there are.
     """
-    problems = [(i, p) for i, r in enumerate(records) if (p := _problem_of(r, plain))]
+    problems = [(i, p) for i, r in enumerate(records) if (p := problem_of(r, plain))]
     if not problems:
         folders = {}
         for i, record in enumerate(records):

@@ -78,7 +78,7 @@ def main():
     except HaclError as error:
         message = str(error)
         if "Original Traceback" in message:  # from a data worker process, of which only the last line is ours
-            message = message.strip().splitlines()[-1].removeprefix("hacl_llava.data.DataError: ")
+            message = message.strip().splitlines()[-1].removeprefix("hacl_llava.records.DataError: ")
         print(f"\nerror: {message}", file=sys.stderr)
         return 2
     return 0

@@ -1,0 +1,215 @@
+"""LLaVA's records: what one must look like, and reading and writing many of them, however large the file. Floor 1.
+
+A record is LLaVA's own, plus ``"hallucinated_captions"`` (a string or a list of strings); the key of the official
+release, ``"Hallucination caption"``, is read too. The caption is the first answer of the conversation.
+"""
+
+import gzip
+import json
+import os
+
+from .config import HaclError
+
+HALLUCINATED_KEYS = ("hallucinated_captions", "Hallucination caption")
+FORMAT = (
+    'a LLaVA record: {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}'
+)
+_CHUNK = 1 << 20  # characters read at a time
+_LONGEST = 1 << 26  # characters: a record that goes on for longer is a quote that was never closed
+
+
+class DataError(HaclError):
+    """Input data that cannot be used; the message names the file and the record."""
+
+
+def name_of(path, index, record):
+    """How messages name a record: ``data.json: record 12 (id 'abc')``."""
+    identity = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
+    return f"{path}: record {index}{identity}"
+
+
+def hallucinated_captions(record):
+    """The record's hallucinated captions, a list of non-empty strings.
+
+    Raises:
+        DataError: they are neither a string nor a list of strings (None counts as missing).
+    """
+    for key in HALLUCINATED_KEYS:
+        value = record.get(key)
+        if value is None:
+            continue
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or any(not isinstance(v, str) and v is not None for v in value):
+            raise DataError(f"{key!r} is {str(value)[:60]!r}, expected a string or a list of strings.")
+        return [v.strip() for v in value if v and v.strip()]
+    return []
+
+
+def caption_of(record):
+    """The caption: the first answer of the conversation, or "" if it has none."""
+    return next((turn["value"].strip() for turn in record["conversations"] if turn["from"] == "gpt"), "")
+
+
+def problem_of(record, plain):
+    """What makes a record unusable, or None; ``plain``: it has to suit LLaVA's stage-1 template."""
+    if not isinstance(record, dict):
+        return f"is a {type(record).__name__}, expected {FORMAT}"
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return f"has no 'conversations', expected {FORMAT}"
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
+            return f"has the turn {str(turn)[:60]!r}, expected {{'from': 'human' or 'gpt', 'value': text}}"
+        if turn["from"] not in ("human", "gpt"):
+            return f"has a turn from {turn['from']!r}, allowed are 'human' and 'gpt'"
+    if plain and [turn["from"] for turn in turns] != ["human", "gpt"]:
+        return f"has {len(turns)} turns, but --version plain takes one question and one answer"
+    has_token = any("<image>" in turn["value"] for turn in turns if turn["from"] == "human")
+    if "image" in record:
+        if not isinstance(record["image"], str) or not record["image"]:
+            return f"has the image {record['image']!r}, expected a path relative to --image_folder"
+        if plain and "<image>" not in turns[0]["value"]:
+            return "has an image but no <image> in its question"
+    elif has_token:
+        return "has <image> in its question but no 'image'"
+    try:
+        hallucinated_captions(record)
+    except DataError as error:
+        return f"is wrong: {error}"
+    return None
+
+
+def stream_records(path):
+    """Read a json array or a file of json lines, gzipped or not, one record at a time.
+
+    Yields:
+        (text, record): the record's own text in the file, and what it holds (of any type: `problem_of` judges it).
+
+    Raises:
+        DataError: the file is missing, is no json or is cut off; the message says after which record.
+    """
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield from _stream(path, file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: the gzip file is damaged or cut off ({error}).") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); give a LLaVA-format json.") from None
+
+
+def _stream(path, file):
+    text = file.read(_CHUNK)
+    at = len(text) - len(text.lstrip())
+    if not text.strip():
+        raise DataError(f"{path}: is empty, expected a list of LLaVA records.")
+    array = text[at] == "["
+    if not array and text[at] != "{":
+        raise DataError(f"{path}: begins with {text[at : at + 20]!r}, expected '[' (a list) or '{{' (json lines).")
+    decode, count, at, done = json.JSONDecoder().raw_decode, 0, at + array, False
+    while True:
+        # to the next value, over white space and one comma
+        comma = False
+        while True:
+            while at < len(text) and (text[at].isspace() or text[at] == "," and array and count and not comma):
+                comma = comma or text[at] == ","
+                at += 1
+            if at < len(text) or done:
+                break
+            text, at = file.read(_CHUNK), 0
+            done = not text
+        if at == len(text):
+            if array:
+                raise DataError(f"{path}: ends after record {count - 1}, without a ']': it looks cut off.")
+            break
+        if array and text[at] == "]":
+            rest = text[at + 1 :] + file.read(_CHUNK)
+            if rest.strip() or comma:
+                got = f"more text after its ']': {rest.strip()[:20]!r}" if rest.strip() else "a comma before its ']'"
+                raise DataError(f"{path}: has {got}; that is not one json list.")
+            break
+        if array and count and not comma:
+            raise DataError(f"{path}: no comma between record {count - 1} and what follows, {text[at : at + 20]!r}.")
+        while True:
+            try:
+                value, end = decode(text, at)
+                if end == len(text) and not done and not isinstance(value, (dict, list, str)):
+                    raise json.JSONDecodeError("may go on", text, end)
+                break
+            except json.JSONDecodeError as error:
+                unfinished = error.pos >= len(text) - 16 or "Unterminated" in error.msg
+                if done or not unfinished or len(text) - at > _LONGEST:
+                    where = " It looks cut off there." if done and unfinished else ""
+                    raise DataError(
+                        f"{path}: record {count} is not valid json ({error.msg}: "
+                        f"{text[max(error.pos - 10, at) : error.pos + 20]!r}).{where}"
+                    ) from None
+                more = file.read(max(_CHUNK, len(text) - at))
+                done = not more
+                text, at = text[at:] + more, 0
+            except RecursionError:
+                raise DataError(f"{path}: record {count} is nested too deeply.") from None
+        yield text[at:end], value
+        count += 1
+        at = end
+    if not count:
+        raise DataError(f"{path}: holds no records.")
+
+
+def with_captions(text, record, captions):
+    """The text of a record with ``captions`` as its ``"hallucinated_captions"``; everything else as it stands."""
+    if any(key in record for key in HALLUCINATED_KEYS):  # empty ones, or ones to be replaced
+        kept = {k: v for k, v in record.items() if k not in HALLUCINATED_KEYS}
+        return _dumps({**kept, HALLUCINATED_KEYS[0]: captions})
+    body = text.rstrip()[:-1].rstrip()
+    comma = "" if body == "{" else ", "
+    return f'{body}{comma}"{HALLUCINATED_KEYS[0]}": {_dumps(captions)}}}'
+
+
+def _dumps(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() or _encodes(text) else json.dumps(value)
+
+
+def _encodes(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which json can hold and UTF-8 cannot
+        return False
+    return True
+
+
+def write_records(path, texts):
+    """Write records' texts as a json list, or as json lines where the name ends so; ``.gz`` is packed.
+
+    The file appears whole or not at all: it is written beside itself and renamed.
+
+    Raises:
+        OSError: what the disk says; what was there before is untouched.
+    """
+    path = os.fspath(path)
+    lines = path.removesuffix(".gz").endswith(".jsonl")
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as raw:
+            packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.endswith(".gz") else raw
+            separator = b"" if lines else b"[\n"
+            for text in texts:
+                if lines and "\n" in text:
+                    text = _dumps(json.loads(text))
+                packed.write(separator)
+                packed.write(text.encode())
+                separator = b"\n" if lines else b",\n"
+            packed.write(b"\n" if lines else b"\n]\n")
+            if packed is not raw:
+                packed.close()
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
