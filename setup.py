@@ -20,6 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hacl_llava", "hacl_llava.*"]),
+    package_data={"hacl_llava.hallucinate": ["vocabulary.txt", "wordnet.json.gz", "WORDNET_LICENSE"]},
     python_requires=">=3.10",  # LLaVA's own stack runs on 3.10; the tests on 3.11
     install_requires=[
         "torch>=2.1",  # scaled_dot_product_attention with a mask, as transformers calls it
@@ -38,7 +39,17 @@ setup(
     ],
     extras_require={
         "llava": [LLAVA],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff==0.17.6", "build"],
+        "api": ["openai>=1.56"],  # hallucinated captions from an endpoint; the oldest that was tried
+        "plot": ["matplotlib>=3.7"],  # pictures of reports
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff==0.17.6",
+            "build",
+            "openai>=1.56",
+            "matplotlib>=3.7",
+        ],
     },
     entry_points={"console_scripts": ["hacl-llava=hacl_llava.cli:main"]},
     classifiers=[

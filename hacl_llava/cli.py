@@ -69,6 +69,12 @@ def _patch(args):
     return 0
 
 
+def _hallucinate(args):
+    from .hallucinate.command import main
+
+    return main(args)
+
+
 def _demo(args):
     from .demo import run
 
@@ -98,6 +104,18 @@ def _parser():
     action.add_argument("--check", action="store_true", help="only say whether it can be applied or is applied")
     action.add_argument("--revert", action="store_true", help="take the two lines out again")
     command.set_defaults(run=_patch)
+
+    from .hallucinate import command as hallucinate
+
+    command = commands.add_parser(
+        "hallucinate",
+        help="add hallucinated captions to LLaVA-format data",
+        description="Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by "
+        "rules, by a model behind an OpenAI-compatible endpoint, by a local model, or by a mix. A run that was stopped "
+        "or killed goes on when the same command is given again.",
+    )
+    hallucinate.add_arguments(command)
+    command.set_defaults(run=_hallucinate)
 
     command = commands.add_parser(
         "demo",

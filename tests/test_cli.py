@@ -123,3 +123,6 @@ def test_wheel_in_a_clean_environment(tmp_path):
     assert "tested together" in run(str(tmp_path / "venv/bin/hacl-llava"), "env", cwd=tmp_path, env=env).stdout
     out = run(str(python), "-m", "hacl_llava.train", "--help", cwd=tmp_path, env=env).stdout
     assert "--hacl_negatives" in out
+    coco = str(ROOT / "tests/data/coco_captions.json")
+    out = run(str(tmp_path / "venv/bin/hacl-llava"), "hallucinate", coco, "out.json", cwd=tmp_path, env=env).stdout
+    assert "401 of 401 records have hallucinated captions" in out  # the vocabulary is in the wheel

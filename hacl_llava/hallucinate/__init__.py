@@ -1,0 +1,43 @@
+"""Hallucinated captions for LLaVA-format data: where they come from, how they are checked, the resumable run. Floor 2.
+
+A source is an object with ``answers(items)``: it takes an iterable of `Item` and yields one `Answer` for each, in any
+order, as each is ready; a source that has to stop early (a spending cap) yields fewer and says why in ``stopped``.
+"""
+
+from typing import NamedTuple
+
+# What a hallucinated caption gets wrong: the kinds that the paper's prompt names ("existence of objects", "quantity,
+# properties, and locations").
+KINDS = ("existence", "attribute", "quantity", "location")
+
+
+class Item(NamedTuple):
+    """One caption to rewrite.
+
+    ``index``: position of its record in the input, from 0. ``name``: how messages name the record. ``caption``: its
+    text. ``others``: other captions of the same image, of which a hallucinated caption must not be true. ``wanted``:
+    the kinds asked for, one for each hallucinated caption; a source that cannot make a kind may give another.
+    """
+
+    index: int
+    name: str
+    caption: str
+    others: tuple = ()
+    wanted: tuple = ("existence",)
+
+
+class Answer(NamedTuple):
+    """What a source made of an `Item`.
+
+    ``captions``: (kind, text) pairs that passed the checks, at most as many as wanted. ``reason``: why there are fewer
+    than wanted, or None. ``failed``: True if nothing was learnt about the caption (the endpoint failed), so that the
+    next run asks again. ``rejected``: how many candidates each check refused. ``usage``: tokens, for a source that is
+    paid by them: {"input": n, "output": n}.
+    """
+
+    index: int
+    captions: tuple = ()
+    reason: str | None = None
+    failed: bool = False
+    rejected: dict = {}
+    usage: dict = {}

@@ -1,0 +1,338 @@
+"""``hacl-llava hallucinate``: its arguments, and what they put together. Floor 2."""
+
+import argparse
+import os
+import shlex
+import sys
+
+from .. import __version__
+from ..config import HaclError
+from . import KINDS
+from .checks import RATIO
+
+SOURCES = ("rules", "api", "local")
+
+
+def _share(text):
+    name, equals, share = text.partition("=")
+    try:
+        share = float(share) if equals else 1.0
+    except ValueError:
+        share = -1
+    if name not in SOURCES or not 0 < share < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: allowed are {', '.join(SOURCES)}, each with =SHARE above 0 or alone"
+        )
+    return name, share
+
+
+def _kind(text):
+    name, equals, weight = text.partition("=")
+    try:
+        weight = float(weight) if equals else 1.0
+    except ValueError:
+        weight = -1
+    if name not in KINDS or not 0 <= weight < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are {', '.join(KINDS)}, each with =WEIGHT or alone")
+    return name, weight
+
+
+def _whole(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number from 1")
+    return int(text)
+
+
+def _amount(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number from 0")
+    return value
+
+
+def add_arguments(parser):
+    """Give an argparse parser the command's arguments."""
+    add = parser.add_argument
+    add("input", metavar="INPUT", help="LLaVA-format json or json lines, .gz or not")
+    add("output", metavar="OUTPUT", help="the same with hallucinated captions (.json, .jsonl, .gz by its name)")
+    add(
+        "--source",
+        type=_share,
+        action="append",
+        metavar="NAME[=SHARE]",
+        help="rules (no network, no model; the default), api (an OpenAI-compatible endpoint), local (a Hugging Face "
+        "model); give it again to mix: --source rules=0.3 --source api=0.7",
+    )
+    add("--per-caption", type=_whole, default=1, metavar="K", help="hallucinated captions for each (default: 1)")
+    add(
+        "--types",
+        type=_kind,
+        nargs="+",
+        metavar="KIND[=WEIGHT]",
+        help=f"kinds of hallucination and their weights: {', '.join(KINDS)} (default: all alike)",
+    )
+    add("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    add(
+        "--workers",
+        type=_whole,
+        metavar="N",
+        help="processes of rules (default: cores), requests in flight of api (16)",
+    )
+    add("--limit", type=_whole, metavar="N", help="only the first N records; the same command without it goes on")
+    add(
+        "--length-ratio",
+        type=_amount,
+        nargs=2,
+        default=RATIO,
+        metavar=("MIN", "MAX"),
+        help="in tokens (default: 0.7 1.4)",
+    )
+    add("--nli-model", metavar="PATH", help="an NLI model, path or hub id, that refuses what the caption entails")
+    add("--bad-records", choices=("refuse", "skip"), default="refuse", help="those without a caption (default: refuse)")
+    add("--replace", action="store_true", help="rewrite records that have hallucinated captions, too")
+    add("--restart", action="store_true", help="throw an earlier run's answers away and replace OUTPUT")
+    add("--report", action="store_true", help="write OUTPUT's .report.md, .json and .png beside it")
+    add("--dry-run", action="store_true", help="read the input, estimate tokens and cost, and stop")
+
+    group = parser.add_argument_group("sources api and local")
+    add = group.add_argument
+    add("--prompt-file", metavar="FILE", help="system prompt in place of the paper's")
+    add("--examples", metavar="FILE", help='json lines with "caption", "hallucinated_caption" and "kind", shown first')
+    add("--temperature", type=_amount, default=1.0, help="of sampling (default: 1.0)")
+    add("--max-output-tokens", type=_whole, metavar="N", help="of one answer (default: by the caption's length)")
+    add("--attempts", type=_whole, default=3, metavar="N", help="for each caption, until checks pass (default: 3)")
+
+    group = parser.add_argument_group("source api (the key comes from the environment alone)")
+    add = group.add_argument
+    add("--model", metavar="NAME", help="the model's name at the endpoint")
+    add("--base-url", metavar="URL", help="of a vLLM, SGLang or Ollama server, say (default: OpenAI's)")
+    add(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="variable with the key (default: OPENAI_API_KEY)",
+    )
+    add("--response-format", choices=("schema", "json", "text"), default="schema", help="(default: schema)")
+    add("--timeout", type=_amount, default=60.0, metavar="S", help="seconds for one request (default: 60)")
+    add("--retries", type=int, default=6, metavar="N", help="of a request after 429, 5xx, time-outs (default: 6)")
+    add("--requests-per-minute", type=_amount, metavar="N", help="at most (default: no limit but the endpoint's)")
+    add("--price", type=_amount, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens, for the cost shown")
+    add("--max-cost", type=_amount, metavar="DOLLARS", help="stop before more is spent, over all starts of this run")
+    add("--batch", action="store_true", help="OpenAI's Batch API: within a day, at half the price")
+    add("--batch-poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at it (default: 60)")
+
+    group = parser.add_argument_group("source local")
+    add = group.add_argument
+    add("--local-model", metavar="PATH", help="a causal LM, path or hub id")
+    add("--batch-size", type=_whole, default=16, metavar="N", help="captions at a time (default: 16)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _settings(args, sources, types, prompt):
+    """What the answers depend on: a run is only gone on with under the same."""
+    settings = {
+        "input_name": os.path.basename(args.input),
+        "version": __version__,
+        "source": sources,
+        "per_caption": args.per_caption,
+        "types": types,
+        "seed": args.seed,
+        "length_ratio": list(args.length_ratio),
+        "nli_model": args.nli_model,
+        "replace": args.replace,
+    }
+    if "rules" in sources:
+        from .lexicon import digest
+
+        settings["vocabulary"] = digest()
+    if "api" in sources:
+        settings |= {"model": args.model, "batch": args.batch}
+    if "local" in sources:
+        settings["local_model"] = args.local_model
+    if prompt is not None:
+        settings |= {"prompt": prompt.digest(), "temperature": args.temperature, "attempts": args.attempts}
+    return settings
+
+
+def _check(args, sources):
+    for name, flag, value in (("api", "--model", args.model), ("local", "--local-model", args.local_model)):
+        if name in sources and not value:
+            raise HaclError(f"--source {name} needs {flag}.")
+        if name not in sources and value:
+            raise HaclError(f"{flag} is for --source {name}, which was not given.")
+    low, high = args.length_ratio
+    if not low <= 1 <= high:
+        raise HaclError(f"--length-ratio {low} {high}: allowed is MIN <= 1 <= MAX.")
+    if args.max_cost is not None and args.price is None:
+        raise HaclError("--max-cost needs --price IN OUT, the dollars per million tokens that the endpoint asks.")
+    if args.types and not sum(w for _, w in args.types):
+        raise HaclError("--types: every weight is 0; give one kind at least a weight above 0.")
+
+
+def _sources(args, sources, types, checker, prompt, journal):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    made = {}
+    for name, share in sources.items():
+        if name == "rules":
+            from .rules import RulesSource
+
+            made[name] = share, RulesSource(types, args.seed, checker, args.workers or cores)
+        elif name == "api":
+            from .api import ApiSource, BatchSource
+
+            common = {
+                "model": args.model,
+                "checker": checker,
+                "prompt": prompt,
+                "base_url": args.base_url,
+                "key_env": args.api_key_env,
+                "temperature": args.temperature,
+                "max_output_tokens": args.max_output_tokens,
+                "timeout": args.timeout,
+                "retries": args.retries,
+                "attempts": args.attempts,
+                "response_format": args.response_format,
+                "price": tuple(args.price) if args.price else None,
+                "max_cost": args.max_cost,
+                "spent": dict(journal.usage) if journal else {},
+                "seed": args.seed,
+            }
+            if args.batch:
+                state = args.output + ".batches"
+                made[name] = share, BatchSource(state_path=state, poll_seconds=args.batch_poll, **common)
+            else:
+                pace = {"concurrency": args.workers or 16, "requests_per_minute": args.requests_per_minute}
+                made[name] = share, ApiSource(**pace, **common)
+        else:
+            from .local import LocalSource
+
+            made[name] = (
+                share,
+                LocalSource(
+                    args.local_model,
+                    checker,
+                    prompt,
+                    batch_size=args.batch_size,
+                    attempts=args.attempts,
+                    temperature=args.temperature,
+                    max_output_tokens=args.max_output_tokens,
+                    seed=args.seed,
+                    trust_remote_code=args.trust_remote_code,
+                ),
+            )
+    return made
+
+
+def main(args):
+    """Run the command. Exit status 0: every record was seen to; 1: some are left, and the same command goes on."""
+    sources = {}
+    for name, share in args.source or [("rules", 1.0)]:
+        sources[name] = sources.get(name, 0) + share
+    types = dict.fromkeys(KINDS, 1.0) if not args.types else {k: dict(args.types).get(k, 0.0) for k in KINDS}
+    _check(args, sources)
+    if args.report:
+        from .report import need_matplotlib
+
+        need_matplotlib()
+    prompt = None
+    if {"api", "local"} & set(sources):
+        from .prompts import Prompt, read_examples, read_prompt
+
+        more = {"system": read_prompt(args.prompt_file)} if args.prompt_file else {}
+        prompt = Prompt(**more, examples=read_examples(args.examples) if args.examples else ())
+    from .checks import Checker, Entailment
+    from .run import EXIT_INCOMPLETE, Run
+
+    checker = Checker(tuple(args.length_ratio))
+    _sources(args, sources, types, checker, prompt, None)  # refuse wrong settings before the input is read
+    run = Run(
+        args.input,
+        args.output,
+        settings=_settings(args, sources, types, prompt),
+        per_caption=args.per_caption,
+        types=types,
+        seed=args.seed,
+        bad_records=args.bad_records,
+        replace=args.replace,
+        limit=args.limit,
+        restart=args.restart,
+    )
+    survey = run.survey
+    print(
+        f"{args.input}: {survey.records} records, {survey.captions} captions to rewrite, "
+        f"{len(survey.problems)} bad records."
+    )
+    if args.dry_run:
+        _estimate(args, sources, survey, prompt)
+        return 0
+    if args.nli_model:
+        checker.entails = Entailment(args.nli_model)
+        if args.workers is None and "rules" in sources:
+            args.workers = 1  # one model in one process
+    with run.open() as journal:
+        cost = None
+        if args.price:
+            cost = lambda usage: (usage["input"] * args.price[0] + usage["output"] * args.price[1]) / 1e6  # noqa: E731
+        try:
+            stopped = run.ask(_sources(args, sources, types, checker, prompt, journal), cost)
+        except KeyboardInterrupt:
+            done = sum(d == 1 for d in journal.done)
+            print(f"\nstopped; {done} answers are safe in {journal.path}. The same command goes on.", file=sys.stderr)
+            return 130
+        run.assemble()
+        found = run.summary()
+        _say(args, run, found, stopped)
+        if args.report:
+            from .report import write_report
+
+            print(f"report: {write_report(run, 'hacl-llava ' + shlex.join(_words(args)))}")
+    return EXIT_INCOMPLETE if found["failed"] or found["to do"] and args.limit is None else 0
+
+
+def _words(args):
+    return sys.argv[1:] if sys.argv[1:2] == ["hallucinate"] else ["hallucinate", args.input, args.output]
+
+
+def _estimate(args, sources, survey, prompt):
+    total = sum(sources.values())
+    for name, share in sources.items():
+        items = round(survey.captions * share / total)
+        line = f"{name}: about {items} captions"
+        if name != "rules":
+            from .api import estimate
+
+            characters = round(survey.characters * share / total)
+            found = estimate(prompt, items, characters, items * args.per_caption, tuple(args.price or ()) or None)
+            line += f", {found['input']} tokens in and {found['output']} out (estimated at 4 characters a token)"
+            if name == "api" and found["dollars"] is not None:
+                line += f", $ {found['dollars']:.2f} at --price {args.price[0]:g} {args.price[1]:g}"
+            elif name == "api":
+                line += "; give --price IN OUT to see dollars"
+        print(line + ".")
+
+
+def _say(args, run, found, stopped):
+    kinds = ", ".join(f"{k} {found['kinds'][k]}" for k in KINDS)
+    print(
+        f"{args.output}: {found['with hallucinated captions']} of {found['records']} records have "
+        f"hallucinated captions ({kinds})."
+    )
+    for reason, count in found["without"].most_common():
+        print(f"  without: {count} ({reason})")
+    if found["usage"] and args.price:
+        paid = (found["usage"].get("input", 0) * args.price[0] + found["usage"].get("output", 0) * args.price[1]) / 1e6
+        print(
+            f"  spent: $ {paid:.2f} ({found['usage'].get('input', 0)} tokens in, {found['usage'].get('output', 0)} out)"
+        )
+    for sentence in stopped:
+        print(f"  stopped early: {sentence}", file=sys.stderr)
+    if found["failed"]:
+        print(f"  {found['failed']} failed at the endpoint; the same command asks for them again.", file=sys.stderr)
+    if found["to do"] and not args.limit:
+        print(f"  {found['to do']} are not asked for yet; the same command goes on.", file=sys.stderr)
+
+
+__all__ = ["add_arguments", "main"]

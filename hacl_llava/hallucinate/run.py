@@ -1,0 +1,439 @@
+"""The run: from a LLaVA-format file to the same file with hallucinated captions, resumable at any moment. Floor 2.
+
+Each answer is appended to a journal beside the target, one json line, as it comes; the target is assembled from input
+and journal at the end, and renamed into place. The same command goes on where a killed one stopped.
+"""
+
+import array
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+
+from tqdm import tqdm
+
+from ..config import HaclError
+from ..records import (
+    DataError,
+    caption_of,
+    hallucinated_captions,
+    name_of,
+    problem_of,
+    stream_records,
+    with_captions,
+    write_records,
+)
+from . import Answer, Item
+from .rules import BLOCK
+
+EXIT_INCOMPLETE = 1  # some records are still to be asked for: the same command does it
+_SHOWN = 10  # problems named in a message
+
+
+def chance(*key):
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") / 2**64
+
+
+class Survey:
+    """One pass over the input: what is in it, before anything is paid for or written.
+
+    Attributes:
+        records: how many. digest: sha256 of their texts. problems: [(index, name, what is wrong)] of records that have
+        no caption to rewrite or share an id. skip: {index: reason} for records to be left as they are. images: how
+        many have one. captions: how many are to be rewritten; characters: their total length.
+    """
+
+    def __init__(self, path, replace=False):
+        self.path, self.records, self.images, self.captions, self.characters = path, 0, 0, 0, 0
+        self.problems, self.skip, self.duplicates = [], {}, 0
+        digest, ids, images, repeated, text_only = hashlib.sha256(), set(), set(), set(), []
+        for index, (text, record) in enumerate(_shown(stream_records(path), "reading")):
+            digest.update(text.encode())
+            self.records += 1
+            problem = problem_of(record, plain=False)
+            if problem is None and not any(turn["from"] == "gpt" for turn in record["conversations"]):
+                problem = "has no answer (no turn from 'gpt'), so there is no caption to rewrite"
+            if problem is not None:
+                self.problems.append((index, name_of(path, index, record), problem))
+                self.skip[index] = "bad record"
+                continue
+            if "id" in record:
+                key = hash(repr(record["id"]))
+                if key in ids:
+                    self.duplicates += 1
+                    self.problems.append((index, name_of(path, index, record), "has an id that an earlier record has"))
+                ids.add(key)
+            if record.get("image"):
+                self.images += 1
+                key = hash(record["image"])
+                (repeated if key in images else images).add(key)
+            else:
+                text_only.append(index)
+            caption = caption_of(record)
+            if not caption:
+                self.skip[index] = "empty caption"
+            elif hallucinated_captions(record) and not replace:
+                self.skip[index] = "has hallucinated captions already"
+            else:
+                self.captions += 1
+                self.characters += len(caption)
+        if self.images:
+            for index in text_only:
+                if self.skip.setdefault(index, "no image") == "no image":
+                    self.captions -= 1
+        self.digest = digest.hexdigest()[:16]
+        self.same_image = {}
+        if repeated:
+            for _, record in _shown(stream_records(path), "captions of the same image", self.records):
+                if problem_of(record, plain=False) is None and hash(record.get("image")) in repeated:
+                    self.same_image.setdefault(hash(record["image"]), []).append(caption_of(record))
+
+    def others(self, record):
+        """The other captions of a record's image."""
+        captions = self.same_image.get(hash(record.get("image")), ())
+        mine = caption_of(record)
+        return tuple(dict.fromkeys(c for c in captions if c and c != mine))
+
+    def refuse(self):
+        """Raise for what is wrong with the records, all of it in one message."""
+        if not self.problems:
+            return
+        shown = "".join(f"\n  {name} {problem}" for _, name, problem in self.problems[:_SHOWN])
+        more = f"\n  and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
+        raise DataError(
+            f"{len(self.problems)} of {self.records} records cannot be used as they are:{shown}{more}\n"
+            "Repair them, or go on with --bad-records skip: records without a caption stay as they are, "
+            "records that share an id are each rewritten."
+        )
+
+
+class Journal:
+    """Answers on disk, one json line each, under a first line that says what they answer.
+
+    Raises:
+        HaclError: another run is writing it; it belongs to another input or other settings; the disk is full.
+    """
+
+    def __init__(self, path, header, records):
+        self.path = path
+        try:
+            self.file = open(path, "a+b")  # noqa: SIM115  (kept open, for its lock)
+        except OSError as error:
+            raise HaclError(f"{path}: cannot be written ({error.strerror}); choose another output.") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise HaclError(f"{path}: another run is writing it; wait for it, or choose another output.") from None
+        self.done = bytearray(records)  # 1: answered, 2: to be asked again
+        self.places = array.array("q", [-1]) * records
+        self.usage = Counter()
+        try:
+            self._load(header)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _load(self, header):
+        self.file.seek(0)
+        line = self.file.readline()
+        if not line.endswith(b"\n"):  # new, or killed within its first line
+            self.file.truncate(0)
+            self._append(header)
+            return
+        try:
+            found = json.loads(line)
+            assert found["format"] == header["format"]
+        except (ValueError, KeyError, TypeError, AssertionError):
+            self.file.close()
+            raise HaclError(f"{self.path}: is no journal of this command; move it away.") from None
+        for key in header:
+            if found.get(key) != header[key]:
+                self.file.close()
+                raise HaclError(
+                    f"{self.path}: the run begun there had {_say(key, found.get(key))}, this one has "
+                    f"{_say(key, header[key])}. Give the settings of then to go on, another output to begin anew, "
+                    "or --restart to throw its answers away."
+                )
+        end = place = self.file.tell()
+        for line in self.file:
+            place, end = end, end + len(line)
+            if not line.endswith(b"\n"):
+                end = place  # killed while writing it
+                break
+            try:
+                entry = json.loads(line)
+                index = entry["record"]
+                self.done[index] = 2 if entry.get("failed") else 1
+                self.places[index] = place
+                self.usage.update(entry.get("usage", {}))
+            except (ValueError, KeyError, IndexError, TypeError):
+                raise HaclError(f"{self.path}: damaged at byte {place}; --restart throws its answers away.") from None
+        self.file.truncate(end)
+
+    def _append(self, entry):
+        line = json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+        place = self.file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):  # straight to the system: a killed process loses nothing
+                written += os.write(self.file.fileno(), line[written:])
+        except OSError as error:
+            os.ftruncate(self.file.fileno(), place)
+            raise HaclError(
+                f"{self.path}: cannot be written ({error.strerror}); the answers so far are safe in it. "
+                "Make room and give the same command again."
+            ) from None
+        return place
+
+    def add(self, source, answer):
+        """Keep an `Answer`; the second one for a record that is done is ignored."""
+        if self.done[answer.index] == 1:
+            return
+        entry = {"record": answer.index, "source": source, "captions": answer.captions}
+        entry |= {k: v for k in ("reason", "failed", "rejected", "usage") if (v := getattr(answer, k))}
+        self.places[answer.index] = self._append(entry)
+        self.done[answer.index] = 2 if answer.failed else 1
+        self.usage.update(answer.usage)
+
+    def entry(self, index):
+        """What is known of a record, or None."""
+        if self.places[index] < 0:
+            return None
+        self.file.seek(self.places[index])
+        return json.loads(self.file.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def sync(self):
+        os.fsync(self.file.fileno())
+
+
+def _say(key, value):
+    return f"{key} {json.dumps(value)}" if value is not None else f"no {key}"
+
+
+def _shown(iterable, what, total=None):
+    return tqdm(iterable, desc=what, total=total, unit=" records", disable=None, leave=False, mininterval=0.5)
+
+
+class Run:
+    """One input, one output, some sources.
+
+    Args:
+        source, target: paths. sources: {name: (share, source object)}. settings: what the answers depend on, as json;
+        a journal that was begun with others is refused. per_caption: hallucinated captions for each caption.
+        types: {kind: weight}. bad_records: "refuse" or "skip". replace: also records that have hallucinated captions.
+        limit: only the first so many records. restart: throw an earlier run's answers away.
+    """
+
+    def __init__(
+        self,
+        source,
+        target,
+        *,
+        settings,
+        per_caption,
+        types,
+        seed,
+        bad_records="refuse",
+        replace=False,
+        limit=None,
+        restart=False,
+    ):
+        self.source, self.target = os.fspath(source), os.fspath(target)
+        self.per_caption, self.types, self.seed, self.limit = per_caption, types, seed, limit
+        self.journal_path = self.target + ".journal"
+        self._check_target(restart)
+        self.survey = Survey(self.source, replace)
+        if bad_records == "refuse":
+            self.survey.refuse()
+        for _, name, problem in self.survey.problems[:_SHOWN]:
+            print(f"warning: {name} {problem}.", file=sys.stderr)
+        self.header = {"format": "hacl_llava hallucinated captions 1", "input": self.survey.digest, **settings}
+        self.restart = restart
+        self.journal = None
+
+    def _check_target(self, restart):
+        folder = os.path.dirname(os.path.abspath(self.target))
+        if os.path.isdir(self.target):
+            raise HaclError(f"{self.target}: is a folder; give the name of the json to write.")
+        if not os.path.isdir(folder):
+            raise HaclError(f"{folder}: is no folder; make it, or choose another output.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise HaclError(f"{folder}: is not writable; choose another output.")
+        if os.path.exists(self.target):
+            if os.path.exists(self.source) and os.path.samefile(self.source, self.target):
+                raise HaclError(f"{self.target}: is the input itself; choose another output.")
+            if not os.path.exists(self.journal_path) and not restart:
+                raise HaclError(
+                    f"{self.target}: exists, and no journal of a run is beside it; choose another output, or "
+                    "--restart to replace it."
+                )
+
+    def open(self):
+        """Take the journal, and with it the right to write."""
+        if self.restart and os.path.exists(self.journal_path):
+            os.unlink(self.journal_path)
+        self.journal = Journal(self.journal_path, self.header, self.survey.records)
+        return self.journal
+
+    def wanted(self, index):
+        """The kinds to ask for, one for each hallucinated caption of a record; different ones while there are any."""
+        kinds = []
+        for turn in range(self.per_caption):
+            left = {k: w for k, w in self.types.items() if w > 0 and k not in kinds} or self.types
+            at = chance(self.seed, "kind", index, turn) * sum(left.values())
+            for kind, weight in left.items():
+                chosen, at = kind, at - weight
+                if at < 0:
+                    break
+            kinds.append(chosen)
+        return tuple(kinds)
+
+    def items(self, mine, whole_blocks=False):
+        """The `Item` of every record that is still to be done; ``mine(index)``: whether a source has it."""
+        block, done = [], self.journal.done
+        for index, (_, record) in enumerate(stream_records(self.source)):
+            if self.limit is not None and index >= self.limit:
+                break
+            if block and index // BLOCK != block[0].index // BLOCK:
+                if not all(done[i.index] == 1 for i in block):
+                    yield from block
+                block = []
+            if index in self.survey.skip or not mine(index) or done[index] == 1 and not whole_blocks:
+                continue
+            name = name_of(self.source, index, record)
+            block.append(Item(index, name, caption_of(record), self.survey.others(record), self.wanted(index)))
+            if not whole_blocks:
+                yield block.pop()
+        if not all(done[i.index] == 1 for i in block):
+            yield from block
+
+    def split(self, sources):
+        """{name: function that says whether it has a record}, by the sources' shares."""
+        total, at, bounds = sum(share for share, _ in sources.values()), 0.0, {}
+        for name, (share, _) in sources.items():
+            bounds[name] = (at / total, (at + share) / total)
+            at += share
+        if len(bounds) == 1:
+            return {name: lambda index: True for name in bounds}
+        seed = self.seed
+        return {n: lambda i, a=a, b=b: a <= chance(seed, "source", i) < b for n, (a, b) in bounds.items()}
+
+    def remaining(self, mine):
+        """How many records a source has still to do, of those that can be told without reading."""
+        last = self.survey.records if self.limit is None else min(self.limit, self.survey.records)
+        done, skip = self.journal.done, self.survey.skip
+        return sum(done[i] != 1 and i not in skip and mine(i) for i in range(last))
+
+    def ask(self, sources, cost=None):
+        """Ask every source for its records, one source after the other; answers go to the journal as they come.
+
+        Args:
+            sources: {name: (share, source)}. cost: function of the usage so far to dollars, for the progress bar.
+
+        Returns:
+            Sentences of sources that stopped early.
+        """
+        stopped = []
+        split = self.split(sources)
+        for name, (_, source) in sources.items():
+            todo = self.remaining(split[name])
+            if not todo:
+                continue
+            failed = without = seen = 0
+            spent = Counter(self.journal.usage)
+            with tqdm(total=todo, desc=name, unit=" captions", disable=None, mininterval=0.5) as bar:
+                answers = source.answers(self.items(split[name], source.whole_blocks))
+                try:
+                    for answer in answers:
+                        if self.journal.done[answer.index] == 1:
+                            continue
+                        self.journal.add(name, answer)
+                        seen += 1
+                        failed += answer.failed
+                        without += not answer.captions and not answer.failed
+                        if seen % 64 == 0 or answer.usage:
+                            shown = {"failed": failed, "without": without}
+                            if cost and (paid := cost(self.journal.usage)) is not None:
+                                now = cost(Counter(self.journal.usage) - spent)
+                                shown |= {"$": f"{paid:.2f}", "$ to go": f"{now / seen * (todo - seen):.2f}"}
+                            bar.set_postfix(shown, refresh=False)
+                        bar.update()
+                finally:
+                    answers.close()
+                    self.journal.sync()
+            if source.stopped:
+                stopped.append(source.stopped)
+        return stopped
+
+    def assemble(self):
+        """Write the target from input and journal.
+
+        Raises:
+            HaclError: it cannot be written; what was there before is untouched.
+        """
+
+        def texts():
+            for index, (text, record) in enumerate(_shown(stream_records(self.source), "writing", self.survey.records)):
+                entry = self.journal.entry(index)
+                captions = [c for _, c in entry["captions"]] if entry else []
+                yield with_captions(text, record, captions) if captions else text
+
+        try:
+            write_records(self.target, texts())
+        except OSError as error:
+            raise HaclError(
+                f"{self.target}: cannot be written ({error.strerror or error}); the answers are safe in "
+                f"{self.journal_path}. Make room and give the same command again."
+            ) from None
+
+    def entries(self):
+        """(index, journal entry or None) of every record, in order."""
+        for index in range(self.survey.records):
+            yield index, self.journal.entry(index)
+
+    def summary(self):
+        """Counts of the whole run so far, for people and for the report."""
+        found = {
+            "records": self.survey.records,
+            "with hallucinated captions": 0,
+            "captions": 0,
+            "failed": 0,
+            "to do": 0,
+            "kinds": Counter(),
+            "sources": Counter(),
+            "without": Counter(),
+            "rejected": Counter(),
+            "usage": dict(self.journal.usage),
+        }
+        for index, entry in self.entries():
+            if index in self.survey.skip:
+                found["without"][self.survey.skip[index]] += 1
+                continue
+            if entry is None:
+                found["to do"] += 1
+                continue
+            found["rejected"].update(entry.get("rejected", {}))
+            if entry.get("failed"):
+                found["failed"] += 1
+                found["without"][entry["reason"]] += 1
+            elif not entry["captions"]:
+                found["without"][entry["reason"]] += 1
+            if entry["captions"]:
+                found["with hallucinated captions"] += 1
+                found["captions"] += len(entry["captions"])
+                found["sources"][entry["source"]] += len(entry["captions"])
+                found["kinds"].update(k for k, _ in entry["captions"])
+        return found
+
+
+__all__ = ["Answer", "Item", "Journal", "Run", "Survey", "EXIT_INCOMPLETE"]

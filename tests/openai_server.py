@@ -1,0 +1,305 @@
+"""An OpenAI-compatible endpoint on loopback that misbehaves as told: /chat/completions, /files, /batches."""
+
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+ANIMALS = ("elephant", "penguin", "kangaroo", "octopus")
+KEY = "sk-test-0123456789abcdef"
+
+
+def rewrite(caption, position=0):
+    """The caption with another last word: what a model that works would answer."""
+    words = caption.split()
+    return " ".join([*words[:-1], ANIMALS[position % len(ANIMALS)]])
+
+
+def completion(content, finish="stop", **message):
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}
+    usage = {"prompt_tokens": 300, "completion_tokens": 40, "total_tokens": 340}
+    return {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+
+
+class OpenAIServer:
+    """``with OpenAIServer(plan) as server: server.base_url``.
+
+    ``plan``: {caption: behaviours}; a list is used up call by call and then the answers are good, a string is for every
+    call. Behaviours: "ok"; "slow" (good, half a second late); "<status>" or "<status>:<Retry-After>"; "hang"; "reset";
+    "drip" (a byte now and then); "body" (JSON of the body cut off), "html"; "cut", "length" (its message too),
+    "empty" (no choices), "schema" (another form), "null", "refusal", "sorry", "filter", "chatter", "fence", "unicode",
+    "same" (the caption itself), "few" (one too few), "no-usage"; "quota", "policy", "bad" (a 400), "echo-key" (a 500
+    that holds the key), "tokens" (a 400 unless max_completion_tokens is used).
+    ``latency``: seconds before each answer. ``formats``: the response formats taken. ``models``: those known.
+    ``batch_plan``: behaviours of batches as they are made: "ok", "expired" and "cancelled" (with the first half done),
+    "failed", "limit" (failed, too many tokens), "broken" (the error file has half a line), "lost" (made, but the
+    connection is reset). ``polls``: looks at a batch before it is final.
+
+    ``log``: a dict for each request: caption, time, path, body, sent (whether a good answer was sent in full).
+    ``most``: the most completions in flight at once.
+    """
+
+    def __init__(self, plan=None, latency=0.0, key=KEY, formats=("json_schema", "json_object", "text"), models=("m",),
+                 batch_plan=(), polls=1, hang=30.0):  # fmt: skip
+        self.plan = {k: v if isinstance(v, str) else list(v) for k, v in (plan or {}).items()}
+        self.latency, self.key, self.formats, self.models = latency, key, formats, models
+        self.batch_plan, self.polls, self.hang = list(batch_plan), polls, hang
+        self.log, self.files, self.batches = [], {}, {}
+        self.flying = self.most = 0
+        self.lock, self.over = threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, request, address):
+                pass  # clients that hang up
+
+        self.http = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"owner": self}))
+        self.base_url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def calls(self, caption):
+        """The logged completions for a caption."""
+        return [entry for entry in self.log if entry.get("caption") == caption]
+
+    def behaviour(self, caption):
+        with self.lock:
+            plan = self.plan.get(caption, "ok")
+            return plan if isinstance(plan, str) else plan.pop(0) if plan else "ok"
+
+    def respond(self, body):
+        """The log's entry of a completion, and (status, headers, JSON or bytes, whether good), "hang" or "reset"."""
+        text = body["messages"][-1]["content"]
+        caption = json.JSONDecoder(strict=False).raw_decode(text.partition("Caption: ")[2])[0]
+        kinds = re.findall(r"^\d+\. (\w+):", text, re.M)
+        behaviour = self.behaviour(caption)
+        entry = {"caption": caption, "time": time.monotonic(), "body": body, "sent": False, "behaviour": behaviour}
+        with self.lock:
+            self.log.append(entry)
+        return entry, self._response(behaviour, body, caption, kinds)
+
+    def _response(self, behaviour, body, caption, kinds):
+        def error(status, message, code=None, headers=None):
+            return status, headers or {}, {"error": {"message": message, "type": "t", "code": code}}, False
+
+        taken = body.get("response_format", {"type": "text"})["type"]
+        if body["model"] not in self.models:
+            return error(404, f"The model {body['model']} does not exist", "model_not_found")
+        if taken not in self.formats:
+            return error(400, f"Invalid parameter: 'response_format' of type {taken} is not supported with this model.")
+        if behaviour in ("hang", "reset", "drip"):
+            return behaviour
+        if match := re.fullmatch(r"(\d{3})(?::(.+))?", behaviour):
+            headers = {"Retry-After": match[2]} if match[2] else {}
+            return error(int(match[1]), "not now", headers=headers)
+        # A model that is told not to repeat itself gives something else.
+        avoid = body["messages"][-1]["content"].partition("again: ")[2]
+        seen = json.JSONDecoder().raw_decode(avoid)[0] if avoid else []
+        fresh = [r for r in (rewrite(caption, n) for n in range(len(ANIMALS))) if r not in seen]
+        captions = [{"kind": kind, "caption": text} for kind, text in zip(kinds, fresh * 4)]
+        good = json.dumps({"captions": captions})
+        match behaviour:
+            case "body":
+                return 200, {}, json.dumps(completion(good)).encode()[:-40], False
+            case "html":
+                return 200, {"Content-Type": "text/html"}, b"<html>welcome</html>", False
+            case "quota":
+                return error(429, "You exceeded your current quota", "insufficient_quota")
+            case "bad":
+                return error(400, "Invalid value for 'temperature'.")
+            case "policy":
+                return error(400, "The response was filtered", "content_filter")
+            case "echo-key":
+                return error(500, f"upstream refused Bearer {self.key} " + "x" * 400)
+            case "tokens":
+                if "max_tokens" in body:
+                    return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+            case "empty":
+                return 200, {}, {**completion(good), "choices": []}, False
+            case "no-usage":
+                return 200, {}, {**completion(good), "usage": None}, True
+        content, finish, message = good, "stop", {}
+        match behaviour:
+            case "cut":
+                content = good[: len(good) // 2]
+            case "length":
+                content, finish = good[: len(good) // 2], "length"
+            case "schema":
+                content = json.dumps({"captions": [{"type": "existence", "text": rewrite(caption)}]})
+            case "null":
+                content = None
+            case "refusal":
+                content, message = None, {"refusal": "I cannot help with that."}
+            case "sorry":
+                content = "I'm sorry, but I can't assist with that request."
+            case "filter":
+                content, finish = "", "content_filter"
+            case "chatter":
+                content = f"Sure! [Here] is what {{you}} asked for:\n{good}\nLet me know (if {{more}} is needed)!"
+            case "fence":
+                content = f"```json\n{good}\n```"
+            case "unicode":
+                captions = [{**c, "caption": unicode(c["caption"])} for c in captions]
+                content = json.dumps({"captions": captions}, ensure_ascii=False)
+            case "same":
+                content = json.dumps({"captions": [{"kind": kind, "caption": caption} for kind in kinds]})
+            case "few":
+                content = json.dumps({"captions": captions[:-1]})
+        return 200, {}, completion(content, finish, **message), content == good
+
+    # ---- batches
+
+    def make_batch(self, request):
+        n = len(self.batches)
+        how = self.batch_plan.pop(0) if self.batch_plan else "ok"
+        batch = {
+            "id": f"batch_{n}", "object": "batch", "endpoint": request["endpoint"], "status": "in_progress",
+            "input_file_id": request["input_file_id"], "completion_window": "24h", "created_at": int(time.time()),
+            "metadata": request["metadata"], "output_file_id": None, "error_file_id": None, "errors": None,
+        }  # fmt: skip
+        self.batches[batch["id"]] = {"json": batch, "how": how, "polls": self.polls}
+        return "reset" if how == "lost" else batch
+
+    def look(self, name):
+        batch = self.batches[name]
+        batch["polls"] -= 1
+        if batch["polls"] < 0 and batch["json"]["status"] == "in_progress":
+            self._finish(batch["json"], batch["how"])
+        return batch["json"]
+
+    def _finish(self, batch, how):
+        lines = [json.loads(line) for line in self.files[batch["input_file_id"]].split(b"\n") if line]
+        output, errors = [], []
+        if how in ("failed", "limit"):
+            code = {"failed": "invalid_json_line", "limit": "token_limit_exceeded"}[how]
+            batch.update(status="failed", errors={"object": "list", "data": [{"code": code, "message": "no batch"}]})
+            return
+        done = lines[: len(lines) // 2] if how in ("expired", "cancelled") else lines
+        for line in done:
+            entry, response = self.respond(line["body"])
+            entry["custom_id"] = line["custom_id"]
+            if isinstance(response, str):
+                response = 500, {}, {"error": {"message": "server error", "code": None}}, False
+            status, _, body, entry["sent"] = response
+            reply = {"status_code": status, "request_id": "r", "body": body}
+            reply = {"id": "b", "custom_id": line["custom_id"], "response": reply, "error": None}
+            (output if status == 200 else errors).append(json.dumps(reply, ensure_ascii=False))
+        for line in lines[len(done) :]:
+            error = {"code": "batch_expired", "message": "This request could not be executed in time."}
+            reply = {"id": "b", "custom_id": line["custom_id"], "response": None, "error": error}
+            errors.append(json.dumps(reply))
+        if how == "broken":
+            errors.append('{"id": "b", "custom')
+        for key, replies in (("output_file_id", output), ("error_file_id", errors)):
+            if replies:
+                batch[key] = f"file-{len(self.files)}"
+                self.files[batch[key]] = "\n".join(replies[::-1]).encode() + b"\n"
+        batch["status"] = how if how in ("expired", "cancelled") else "completed"
+
+
+def unicode(caption):
+    """With an emoji of several code points, right-to-left letters, a combining accent, and a line separator."""
+    return caption + " 👩‍🚀 פיל e\u0301\u2028x"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer takes 40 ms
+    owner: OpenAIServer
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.handle_one(b"")
+
+    def do_POST(self):
+        self.handle_one(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def handle_one(self, data):
+        owner, url = self.owner, urlsplit(self.path)
+        path, query = url.path.removeprefix("/v1"), parse_qs(url.query)
+        if self.headers["Authorization"] != f"Bearer {owner.key}":
+            got = self.headers["Authorization"]
+            return self.send(
+                401, {"error": {"message": f"Incorrect API key provided: {got}", "code": "invalid_api_key"}}
+            )
+        if path == "/chat/completions":
+            return self.complete(json.loads(data))
+        owner.log.append({"path": path, "time": time.monotonic(), "method": self.command})
+        if path == "/files":
+            head = b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n"
+            parts = BytesParser().parsebytes(head + data).get_payload()
+            (content,) = (p.get_payload(decode=True) for p in parts if 'name="file"' in p["Content-Disposition"])
+            name = f"file-{len(owner.files)}"
+            owner.files[name] = content
+            reply = {"id": name, "object": "file", "bytes": len(content), "created_at": 1, "filename": "f"}
+            return self.send(200, {**reply, "purpose": "batch", "status": "processed"})
+        if match := re.fullmatch("/files/(.+)/content", path):
+            content = owner.files.get(match[1])
+            return self.send(200, content) if content else self.send(404, {"error": {"message": "No such file"}})
+        if path == "/batches" and self.command == "POST":
+            return self.reply(owner.make_batch(json.loads(data)))
+        if path == "/batches":
+            newest = [b["json"] for b in owner.batches.values()][::-1]
+            names = [b["id"] for b in newest]
+            start = names.index(query["after"][0]) + 1 if "after" in query else 0
+            page = newest[start : start + 2]  # small, so that clients have to turn pages
+            return self.send(200, {"object": "list", "data": page, "has_more": start + 2 < len(newest)})
+        if (name := path.removeprefix("/batches/")) in owner.batches:
+            return self.send(200, owner.look(name))
+        return self.send(404, {"error": {"message": "Not found"}})
+
+    def complete(self, body):
+        owner = self.owner
+        with owner.lock:
+            owner.flying += 1
+            owner.most = max(owner.most, owner.flying)
+        try:
+            entry, response = owner.respond(body)
+            owner.over.wait(owner.latency + (entry["behaviour"] == "slow") / 2)
+        finally:
+            with owner.lock:
+                owner.flying -= 1
+        self.reply(response)
+        entry["sent"] = not isinstance(response, str) and response[3]
+
+    def reply(self, response):
+        if response == "hang":
+            self.owner.over.wait(self.owner.hang)
+            self.close_connection = True
+        elif response == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+        elif response == "drip":
+            self.send(200, b" " * 1000, drip=True)
+        elif isinstance(response, tuple):
+            status, headers, body, _ = response
+            self.send(status, body, headers)
+        else:
+            self.send(200, response)
+
+    def send(self, status, body, headers=None, drip=False):
+        data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {}), "Content-Length": len(data)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        for part in [data[i : i + 1] for i in range(len(data))] if drip else [data]:
+            self.wfile.write(part)
+            self.wfile.flush()
+            self.owner.over.wait(0.05 if drip else 0)

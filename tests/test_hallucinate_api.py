@@ -1,0 +1,917 @@
+"""Captions from an endpoint: prompts, reading of answers, every way an endpoint misbehaves, the bill, batches."""
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+openai = pytest.importorskip("openai")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from openai_server import KEY, OpenAIServer, rewrite, unicode  # noqa: E402
+
+from hacl_llava.config import HaclError  # noqa: E402
+from hacl_llava.hallucinate import KINDS, Item, api, prompts  # noqa: E402
+from hacl_llava.hallucinate.api import ApiSource, BatchSource, estimate  # noqa: E402
+from hacl_llava.hallucinate.prompts import Prompt, parse  # noqa: E402
+
+TESTS = Path(__file__).parent
+REQUEST = 0.0034  # dollars of one answer of the server (300 and 40 tokens) at PRICE
+PRICE = (10.0, 10.0)
+
+
+class Picky:
+    """A checker that needs no word lists."""
+
+    def problem(self, item, candidate, taken=()):
+        return "same" if candidate == item.caption else "duplicate" if candidate in taken else None
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith("OPENAI_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TEST_KEY", KEY)
+    monkeypatch.setattr(api, "BACKOFF", 0.02)
+
+
+def captions(n):
+    return [f"a brown dog with number {i} runs over wet grass behind a house" for i in range(n)]
+
+
+def items(texts, wanted=("existence",)):
+    return [Item(i, f"record {i}", text, wanted=wanted) for i, text in enumerate(texts)]
+
+
+def source(server, cls=ApiSource, **settings):
+    url = server if isinstance(server, str) else server.base_url
+    return cls(**{"model": "m", "checker": Picky(), "base_url": url, "key_env": "TEST_KEY", **settings})
+
+
+def ask(behaviours, wanted=("existence",), **settings):
+    """The answer to one caption, and the server."""
+    (caption,) = captions(1)
+    with OpenAIServer({caption: behaviours}) as server:
+        (answer,) = source(server, **settings).answers(items([caption], wanted))
+    return answer, server
+
+
+def drain(iterator):
+    """What an iterator yields before it raises, and what it raises."""
+    got = []
+    try:
+        got.extend(iterator)  # extend keeps what came before an exception
+    except HaclError as error:
+        return got, error
+    return got, None
+
+
+# ---- prompts
+
+
+def test_messages_hold_prompt_examples_caption_kinds_and_form():
+    examples = [{"caption": "a cat", "hallucinated_caption": "two cats", "kind": "quantity"}]
+    item = Item(0, "r", 'He said "{x}" \n{0} %s', ("a bird",), ("existence", "location"))
+    messages = Prompt(examples=examples).messages(item, ["a text"])
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
+    assert messages[0]["content"] == prompts.PAPER_PROMPT
+    assert parse(messages[2]["content"], Item(0, "", "a cat", wanted=("quantity",))) == [("quantity", "two cats")]
+    last = messages[-1]["content"]
+    assert json.dumps(item.caption) in last and '"a bird"' in last and '["a text"]' in last and "JSON" in last
+    assert "1. existence: name an object" in last and "2. location: change where" in last
+
+
+def test_paper_prompt_stays_as_published():
+    assert hashlib.sha256(prompts.PAPER_PROMPT.encode()).hexdigest()[:16] == "18a06fd12ff6e865"
+
+
+def test_digest_changes_with_prompt_and_examples():
+    example = {"caption": "a cat", "hallucinated_caption": "two cats", "kind": "quantity"}
+    digests = {Prompt().digest(), Prompt("other").digest(), Prompt(examples=[example]).digest()}
+    assert len(digests) == 3 and Prompt().digest() == Prompt().digest() and len(Prompt().digest()) == 16
+
+
+@given(st.text(st.characters(), max_size=60))
+def test_any_caption_comes_through_the_prompt(caption):
+    last = Prompt().messages(Item(0, "", caption))[-1]["content"]
+    read, _ = json.JSONDecoder().raw_decode(last.removeprefix("Caption: "))
+    assert read == caption.encode("utf-8", "replace").decode()
+    last.encode()
+
+
+def test_files_of_prompt_and_examples(tmp_path):
+    path = tmp_path / "file"
+    path.write_text(" my prompt\n")
+    assert prompts.read_prompt(path) == "my prompt"
+    good = {"caption": "a cat", "hallucinated_caption": "a dög", "kind": "existence"}
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps({**good, "more": 1}), encoding="utf-8")
+    assert prompts.read_examples(path) == [good, good]
+    for line, message in (
+        ("{", "line 2: is not JSON"),
+        ("[1]", "line 2: needs a text under each of caption, hallucinated_caption, kind"),
+        (json.dumps({**good, "caption": " "}), "line 2: needs a text"),
+        (json.dumps({**good, "kind": "color"}), "line 2: the kind is 'color', allowed is one of existence"),
+    ):
+        path.write_text(json.dumps(good) + "\n" + line)
+        with pytest.raises(HaclError, match=re.escape(f"{path}, {message}")):
+            prompts.read_examples(path)
+    path.write_bytes(b"\n")
+    for read in (prompts.read_prompt, prompts.read_examples):
+        with pytest.raises(HaclError, match="write"):
+            read(path)
+        with pytest.raises(HaclError, match="cannot be read"):
+            read(tmp_path / "missing")
+    path.write_bytes(b"\xff")
+    with pytest.raises(HaclError, match="not UTF-8"):
+        prompts.read_prompt(path)
+
+
+# ---- parse
+
+ITEM = Item(0, "", "a caption", wanted=("existence", "quantity"))
+ENTRIES = [("quantity", "two {cats} [here]"), ("existence", 'a "dog"')]
+FORM = json.dumps({"captions": [{"kind": kind, "caption": text} for kind, text in ENTRIES]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FORM,
+        json.dumps(json.loads(FORM), indent=4),
+        f"```json\n{FORM}\n```",
+        f"Sure [note] {{x}}:\n{FORM}\nAnything else? {{",
+        f'I took ["dog"] out. {FORM}',
+        f'<think>{{"captions": ["no"]}} hm</think>{FORM}',
+        json.dumps(json.loads(FORM)["captions"]),
+        FORM.replace('"quantity"', '" Quantity"').replace("two {cats}", " two\\n\\u2028 {cats}\n"),
+    ],
+)  # fmt: skip
+def test_parse_reads(text):
+    assert parse(text, ITEM) == ENTRIES
+
+
+def test_parse_gives_plain_strings_the_kinds_wanted():
+    expected = [("existence", "one"), ("quantity", "two"), ("quantity", "three")]
+    assert parse('["one", "two", "three"]', ITEM) == expected
+    assert parse('{"captions": ["one", "two", "three"]}', ITEM) == expected
+
+
+def test_parse_leaves_out_what_is_of_no_use():
+    entries = ["", "\x00", "\ud800", 3, None, {"kind": "existence"}, {"kind": "color", "caption": "x"}]
+    with pytest.raises(ValueError, match="another form"):
+        parse(json.dumps(entries), ITEM)
+    assert parse(json.dumps([*entries, "good"]), ITEM) == [("quantity", "good")]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "empty"), (" \n", "empty"), ("no", "no JSON"), ("[]", "another form"), ("{}", "another form"),
+        ('{"captions": []}', "another form"), ('{"captions": {"kind": "existence"}}', "another form"),
+        ('{"captions": [{"type": "existence", "text": "x"}]}', "another form"), ("{a: 1}", "malformed"),
+        ("[" * 100_000, "JSON"), ('{"a":' * 100_000, "JSON"), ("[" + "9" * 10_000 + "]", "JSON"),
+    ],
+)  # fmt: skip
+def test_parse_refuses(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse(text, ITEM)
+
+
+def test_parse_takes_nothing_from_a_cut_answer():
+    for end in range(len(FORM)):
+        with pytest.raises(ValueError):
+            parse(FORM[:end], ITEM)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(KINDS),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["captions", "kind", "caption"]), v),
+    max_leaves=8,
+)
+pieces = st.sampled_from(
+    ['{"captions":', "[", "]", "{", "}", '"', ",", "```", "</think>", '"kind": "existence"', "\\ud800"]
+)
+
+
+@settings(max_examples=400)
+@given(
+    st.text(max_size=40) | json_values.map(json.dumps) | st.lists(pieces | st.text(max_size=3)).map("".join),
+    st.lists(st.sampled_from(KINDS), max_size=3),
+)
+def test_parse_of_anything_is_a_list_or_a_value_error(text, wanted):
+    try:
+        found = parse(text, Item(0, "", "a caption", wanted=tuple(wanted)))
+    except ValueError as error:
+        assert 0 < len(str(error)) < 100
+    else:
+        assert found
+        for kind, caption in found:
+            assert kind in KINDS and caption == " ".join(caption.split()) != ""
+            caption.encode()
+
+
+# ---- one request after another
+
+
+def test_good_answer_and_what_was_sent():
+    answer, server = ask("ok", ("quantity", "existence"), seed=3, temperature=0.5)
+    (caption,) = captions(1)
+    assert answer == (
+        0,
+        (("quantity", rewrite(caption)), ("existence", rewrite(caption, 1))),
+        None,
+        False,
+        {},
+        answer.usage,
+    )
+    assert answer.usage == {"input": 300, "output": 40}
+    (call,) = server.log
+    body = call["body"]
+    assert body["model"] == "m" and body["temperature"] == 0.5 and isinstance(body["seed"], int)
+    assert body["response_format"]["json_schema"]["strict"] is True and 64 < body["max_tokens"] < 600
+    assert ask("ok", max_output_tokens=77)[1].log[0]["body"]["max_tokens"] == 77
+    assert "seed" not in ask("ok")[1].log[0]["body"]
+
+
+@pytest.mark.parametrize("behaviour", ["ok", "chatter", "fence", "unicode", "no-usage", "slow"])
+def test_answers_that_are_good(behaviour):
+    answer, server = ask(behaviour)
+    expected = rewrite(captions(1)[0])
+    if behaviour == "unicode":
+        expected = " ".join(unicode(expected).split())
+    assert answer.captions == (("existence", expected),) and answer.reason is None and len(server.log) == 1
+    assert answer.usage["input"] > 100 and answer.usage["output"] > 10
+
+
+@pytest.mark.parametrize(
+    "behaviour, reason, calls",
+    [
+        ("cut", "no usable answer: its JSON is cut off", 3),
+        ("schema", "no usable answer: its JSON has another form", 3),
+        ("null", "no usable answer: it is empty", 3),
+        ("empty", "no usable answer: it is empty", 3),
+        ("same", "every candidate was rejected", 3),
+        ("refusal", "refused by the model", 1),
+        ("filter", "refused by the model", 1),
+        ("sorry", "refused by the model", 1),
+    ],
+)
+def test_answers_that_are_of_no_use(behaviour, reason, calls):
+    answer, server = ask(behaviour)
+    assert answer.reason.startswith(reason) and not answer.failed and not answer.captions
+    assert len(server.log) == calls and answer.usage == {"input": 300 * calls, "output": 40 * calls}
+    assert answer.rejected == ({"same": 3} if behaviour == "same" else {})
+    # and asked again they may be good
+    answer, server = ask([behaviour])
+    assert bool(answer.captions) == (calls == 3) and len(server.log) == min(calls, 2)
+    assert answer.usage["input"] == 300 * len(server.log)
+
+
+def test_a_caption_that_cannot_believe_is_no_refusal():
+    caption = "I can't believe how big this brown dog is"
+    with OpenAIServer() as server:
+        (answer,) = source(server).answers(items([caption]))
+    assert answer.captions == (("existence", rewrite(caption)),)
+
+
+def test_a_cut_answer_gets_more_room():
+    answer, server = ask("length")
+    first, second, third = (call["body"]["max_tokens"] for call in server.log)
+    assert third == 4 * second == 16 * first and "stopped at" in answer.reason and "max_output_tokens" in answer.reason
+
+
+def test_only_what_is_missing_is_asked_again():
+    wanted = ("existence", "quantity", "location")
+    answer, server = ask(["few"], wanted)
+    caption = captions(1)[0]
+    assert answer.captions == tuple((kind, rewrite(caption, n)) for n, kind in enumerate(wanted))
+    last = server.log[1]["body"]["messages"][-1]["content"]
+    assert "1. location" in last and "2." not in last and rewrite(caption) in last
+    answer, server = ask("few", ("existence", "quantity"), attempts=1)
+    assert answer.captions == (("existence", rewrite(caption)),) and not answer.failed
+    assert answer.reason == "1 of 2: the model gave too few"
+
+
+def test_endpoint_fails_after_answers():
+    """What was got and paid for is kept; nothing got is asked again by the next run."""
+    answer, _ = ask(["few", *["500"] * 9], ("existence", "quantity"), retries=1)
+    assert len(answer.captions) == 1 and not answer.failed and answer.reason == "1 of 2: endpoint: 500: not now"
+    assert answer.usage == {"input": 300, "output": 40}
+    answer, _ = ask(["same", *["500"] * 9], retries=1)
+    assert answer.failed and answer.usage == {"input": 300, "output": 40} and answer.rejected == {"same": 1}
+
+
+@pytest.mark.parametrize(
+    "behaviour, reason",
+    [
+        ("429", "429: not now"), ("500", "500: not now"), ("503", "503: not now"), ("hang", "no answer within 0.3 s"),
+        ("drip", "no answer within 0.3 s"), ("reset", "no connection (ReadError"), ("body", "the response is not JSON"),
+        ("html", "the response is not JSON"),
+    ],
+)  # fmt: skip
+def test_trouble_that_passes_and_trouble_that_does_not(behaviour, reason):
+    answer, server = ask([behaviour] * 2, timeout=0.3)
+    assert answer.captions and answer.reason is None and len(server.log) == 3
+    answer, server = ask(behaviour, timeout=0.3, retries=2)
+    assert answer.failed and answer.reason.startswith(f"endpoint: {reason}") and len(server.log) == 3
+    assert answer.usage == {}
+
+
+@pytest.mark.parametrize("value", ["1", "1.2", "date"])
+def test_retry_after_is_kept(value):
+    if value == "date":
+        value = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3))
+    _, server = ask([f"429:{value}"])
+    first, second = (call["time"] for call in server.log)
+    assert second - first >= 1
+    _, server = ask(["429"])
+    first, second = (call["time"] for call in server.log)
+    assert second - first < 0.9  # by BACKOFF alone
+
+
+def test_retry_after_holds_for_all_requests():
+    texts = captions(12)
+    with OpenAIServer({texts[0]: ["429:1"]}, latency=0.1) as server:
+        assert len(list(source(server, concurrency=2).answers(items(texts)))) == 12
+        start = server.calls(texts[0])[0]["time"]
+        assert not [e for e in server.log if start + 0.3 < e["time"] < start + 1]
+        assert [e for e in server.log if e["time"] >= start + 1][9:]
+
+
+def test_a_long_retry_after_is_waited_for_or_ends_the_run(monkeypatch):
+    slept = []
+
+    async def sleep(self, seconds):
+        slept.append(seconds)
+        self._turn = 0.0
+
+    monkeypatch.setattr(ApiSource, "_sleep", sleep)
+    answer, _ = ask(["429:500", "503"])
+    assert answer.captions and 500 <= slept[0] <= 625 and len(slept) == 2
+    with pytest.raises(HaclError, match="asks to wait for 3600 s .+; run again after that"):
+        ask("429:3600")
+
+
+def test_every_item_is_answered_once_whatever_happens():
+    kinds = (
+        "ok 429:0.1 500 503 hang reset body cut empty schema null refusal filter sorry unicode fence chatter same few "
+        "policy html drip no-usage"
+    ).split()
+    texts = captions(len(kinds) * 3)
+    plan = {text: [kinds[i % len(kinds)]] * (i // len(kinds)) for i, text in enumerate(texts)}
+    with OpenAIServer(plan) as server:
+        answers = list(source(server, concurrency=8, timeout=0.5).answers(iter(items(texts))))
+    assert sorted(a.index for a in answers) == list(range(len(texts)))
+    refused = {"refusal", "filter", "sorry", "policy"}
+    for answer in answers:
+        kind = kinds[answer.index % len(kinds)]
+        expect = answer.index < len(kinds) or kind not in refused
+        assert bool(answer.captions) == expect and not answer.failed, (kind, answer)
+        if expect and kind != "unicode":
+            calls = server.calls(texts[answer.index])
+            assert sum(call["sent"] for call in calls) == (
+                kind not in ("chatter", "fence") or answer.index < len(kinds)
+            )
+
+
+def test_requests_in_flight():
+    most = {}
+    for concurrency in (5, 12):
+        with OpenAIServer(latency=0.05) as server:
+            assert len(list(source(server, concurrency=concurrency).answers(items(captions(60))))) == 60
+            most[concurrency] = server.most
+    assert 1 < most[5] <= 5 < most[12] <= 12
+
+
+def test_items_are_taken_as_needed():
+    taken = []
+
+    def stream():
+        for item in items(captions(30)):
+            taken.append(item)
+            yield item
+
+    with OpenAIServer() as server:
+        answers = source(server, concurrency=3).answers(stream())
+        assert not taken
+        for n in range(1, 6):
+            next(answers)
+            assert len(taken) <= n + 3
+        answers.close()
+        assert len(taken) < 10
+
+
+def test_requests_per_minute():
+    gaps = {}
+    for pace in (1200, None):
+        with OpenAIServer({captions(1)[0]: ["500"]}) as server:
+            list(source(server, requests_per_minute=pace).answers(items(captions(10))))
+            times = sorted(entry["time"] for entry in server.log)
+        assert len(times) == 11
+        gaps[pace] = times[-1] - times[0]
+    assert gaps[1200] >= 0.45 > gaps[None]
+
+
+# ---- what ends a run
+
+
+def test_wrong_key_model_request_and_account():
+    for settings_, plan, message in (
+        ({}, "ok", r"refuses the key \(401: .*\*\*\*.*\); check the environment variable TEST_KEY"),
+        ({"model": "x"}, "ok", r"does not know the model 'x'.+check model and base_url"),
+        ({}, "403", r"refuses the key"),
+        ({}, "bad", r"accepts no request \(400: Invalid value for 'temperature'"),
+        ({}, "quota", r"no credit is left .+ add some, then run again"),
+    ):
+        texts = captions(8)
+        with OpenAIServer(dict.fromkeys(texts, plan), key="sk-right" if "401" in message else KEY) as server:
+            start = time.monotonic()
+            got, error = drain(source(server, **settings_, concurrency=2).answers(items(texts)))
+            assert re.search(message, str(error)) and time.monotonic() - start < 3, (message, error)
+            assert all(a.failed for a in got) and len(server.log) <= 4
+            assert error.__cause__ is None and error.__context__ is None
+
+
+def test_wrong_path_is_named():
+    with OpenAIServer() as server:
+        got, error = drain(source(server.base_url + "x/y").answers(items(captions(3))))
+    assert not got and "check model and base_url" in str(error)
+
+
+def test_a_bad_request_among_good_ones_fails_alone():
+    texts = captions(6)
+    with OpenAIServer({texts[3]: "bad", texts[4]: "policy"}) as server:
+        answers = {a.index: a for a in source(server, concurrency=1).answers(items(texts))}
+    assert answers[3].failed and answers[3].reason.startswith("endpoint: 400")
+    assert not answers[4].failed and answers[4].reason == "refused by the model"
+    assert all(answers[i].captions for i in (0, 1, 2, 5))
+
+
+def test_nobody_there(monkeypatch):
+    monkeypatch.setattr(api, "BACKOFF", 0.3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    start = time.monotonic()
+    for n, concurrency in ((100, 4), (2, 16)):
+        got, error = drain(source(url, concurrency=concurrency).answers(items(captions(n))))
+        assert "cannot be reached: no connection (ConnectError" in str(error) and "check base_url" in str(error)
+        assert len(got) <= 2 * concurrency and all(a.failed for a in got)
+    assert time.monotonic() - start < 5
+
+
+def test_many_failures_in_a_row_end_the_run_and_scattered_ones_do_not():
+    texts = captions(60)
+    for bad, ends in ((texts[2:], True), ([t for i, t in enumerate(texts) if i % 20], False)):
+        with OpenAIServer(dict.fromkeys(bad, "500")) as server:
+            got, error = drain(source(server, concurrency=2, retries=0).answers(items(texts)))
+        assert bool(error) == ends and sum(a.failed for a in got) == (len(got) - 2 if ends else 57)
+        if ends:
+            assert re.search(r"2[56] records in a row failed, the last with: 500", str(error)) and len(got) <= 30
+
+
+def test_requests_in_flight_are_finished_before_a_fatal_error(monkeypatch):
+    monkeypatch.setattr(api, "BACKOFF", 30)
+    texts = captions(20)
+    plan = {texts[0]: "401", texts[1]: "slow", texts[2]: "slow", texts[3]: "503", texts[4]: ["same", "503"]}
+    with OpenAIServer(plan, latency=0.1) as server:
+        start = time.monotonic()
+        got, error = drain(source(server, concurrency=5).answers(items(texts)))
+        assert "refuses the key" in str(error) and 0.5 < time.monotonic() - start < 5
+        good = [a.index for a in got if a.captions]
+        assert {1, 2} <= set(good) and len(good) == sum(entry["sent"] for entry in server.log)
+        (paid,) = (a for a in got if not a.captions)  # an answer was paid for, none usable: asked again by the next run
+        assert paid.index == 4 and paid.failed and paid.usage["input"] == 300
+
+
+def test_an_error_of_checker_or_items_loses_nothing_paid():
+    class Broken(Picky):
+        def problem(self, item, candidate, taken=()):
+            return super().problem(item, candidate, taken) if item.index else 1 / 0
+
+    def stream():
+        yield from items(captions(6))
+        raise HaclError("record 6 is bad")
+
+    cases = ({"checker": Broken()}, items(captions(6)), ZeroDivisionError), ({}, stream(), HaclError)
+    for settings_, texts, expected in cases:
+        got = []
+        with OpenAIServer({captions(3)[2]: "slow"}, latency=0.1) as server:
+            with pytest.raises(expected):
+                for answer in source(server, **settings_, concurrency=3).answers(texts):
+                    got.append(answer)
+            broken = expected is ZeroDivisionError
+            assert len(got) == sum(e["sent"] for e in server.log) - broken >= 2 and 2 in [a.index for a in got]
+
+
+def test_settings_are_checked(monkeypatch):
+    url = "http://127.0.0.1:9/v1"
+    for settings_, message in (
+        ({"max_cost": 1.0}, "without a price"), ({"response_format": "xml"}, "one of schema, json, text"),
+        ({"concurrency": 0}, "concurrency is 0"), ({"requests_per_minute": 0}, "requests_per_minute 0"),
+        ({"attempts": 0}, "attempts is 0"), ({"timeout": 0}, "timeout 0"), ({"retries": -1}, "retries -1"),
+        ({"base_url": "localhost:80/v1"}, "base_url must be http"), ({"base_url": "http://h:x/v1"}, "base_url must be"),
+        ({"base_url": f"http://u:{KEY}@h/v1"}, "base_url must be"), ({"base_url": f"http://h/?key={KEY}"}, "base_url"),
+        ({"base_url": None, "key_env": "NO_KEY"}, "the environment variable NO_KEY is not set"),
+    ):  # fmt: skip
+        with pytest.raises(HaclError, match=message) as error:
+            source(url, **settings_)
+        assert KEY not in str(error.value)
+    monkeypatch.setenv("TEST_KEY", "sk-söcret")
+    with pytest.raises(HaclError, match="in TEST_KEY") as error:
+        source(url)
+    assert "cret" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'hacl_llava[api]'")):
+        source(url)
+
+
+def test_key_placeholder_and_url_of_the_environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with OpenAIServer(key="none") as server:
+        (answer,) = source(server, key_env="NO_KEY").answers(items(captions(1)))
+        assert answer.captions  # neither OPENAI_API_KEY nor anything else was sent
+    with OpenAIServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        (answer,) = source(server, base_url=None).answers(items(captions(1)))
+        assert answer.captions
+        monkeypatch.setenv("TEST_KEY", f" {KEY}\n")  # as it comes from a file
+        assert list(source(server).answers(items(captions(1))))[0].captions
+
+
+def test_the_key_stays_inside(caplog, capsys, tmp_path):
+    caplog.set_level(logging.DEBUG)
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
+        caplog.set_level(logging.DEBUG, name)
+    texts, said = captions(4), []
+    for cls, more in ((ApiSource, {}), (BatchSource, {"state_path": tmp_path / "state", "poll_seconds": 0.01})):
+        for key in (KEY, "sk-right"):
+            plan = {texts[0]: "echo-key", texts[1]: ["429:0.1"], texts[2]: "reset", texts[3]: "format"}
+            with OpenAIServer(plan, key=key, formats=("text",)) as server:
+                s = source(server, cls, retries=1, **more)
+                got, error = drain(s.answers(items(texts)))
+                said += [repr(got), repr(s), str(s), repr(error), s.stopped]
+                assert bool(error) == (key != KEY) and (error is None or "***" in str(error))
+                assert key != KEY or "***" in repr(got)
+                while error:
+                    said += [str(error), repr(error), repr(error.args)]
+                    error = error.__cause__ or error.__context__
+            (tmp_path / "state").unlink(missing_ok=True)
+    out = capsys.readouterr()
+    logged = "".join(record.getMessage() + repr(record.args) for record in caplog.records)
+    assert len(logged) > 1000  # the clients do log
+    assert KEY not in "".join(map(str, said)) + out.out + out.err + logged + caplog.text
+    # nor half of it, where a long message is cut
+    assert KEY[:8] not in source("http://127.0.0.1:9/v1")._clean("x" * 290 + KEY)
+
+
+def test_response_format_falls_back_once_for_all(capsys):
+    for formats, types in ((("json_object", "text"), ["json_object"]), (("text",), ["json_object", None])):
+        with OpenAIServer(formats=formats) as server:
+            answers = list(source(server, concurrency=3).answers(items(captions(12))))
+            assert all(a.captions and not a.failed for a in answers) and len(answers) == 12
+            sent = [(e["body"].get("response_format") or {}).get("type") for e in server.log]
+        assert sent.count(types[-1]) == 12 and len(sent) - 12 <= 3 * len(types)
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == len(types) and "does not take response_format 'schema'; going on with 'json'." in err[0]
+    answer, server = ask("ok", response_format="text")
+    assert "response_format" not in server.log[0]["body"] and answer.captions
+
+
+def test_max_completion_tokens(capsys):
+    answer, server = ask("tokens")
+    assert answer.captions and "max_completion_tokens" in server.log[1]["body"]
+    assert "does not take max_tokens; going on with max_completion_tokens." in capsys.readouterr().err
+
+
+# ---- the bill
+
+
+def test_spending_cap_is_kept_says_so_and_can_go_on():
+    texts = captions(40)
+    with OpenAIServer(latency=0.02) as server:
+        s = source(server, price=PRICE, max_cost=0.05, spent={"input": 300, "output": 40}, concurrency=4)
+        answers = list(s.answers(items(texts)))
+        assert all(a.captions for a in answers) and len(answers) == len(server.log)
+        spent = (len(answers) + 1) * REQUEST
+        assert 0.05 - 3 * REQUEST < spent <= 0.05
+        assert (
+            s.stopped.startswith(f"stopped by the spending cap: ${spent:.4f} of $0.05")
+            and "higher max_cost" in s.stopped
+        )
+
+        left = [item for item in items(texts) if item.index not in {a.index for a in answers}]
+        s = source(server, price=PRICE, max_cost=0.05, spent=s.spent)
+        assert list(s.answers(left)) == [] and s.stopped
+        s = source(server, price=PRICE, max_cost=5.0, spent=s.spent)
+        assert len(list(s.answers(left))) == len(left) and s.stopped is None
+        assert s.spent == {"input": 300 * 41, "output": 40 * 41}
+
+
+def test_spending_cap_between_attempts():
+    texts = captions(3)
+    with OpenAIServer(dict.fromkeys(texts, "same")) as server:
+        s = source(server, price=PRICE, max_cost=2.5 * REQUEST, concurrency=1)
+        (answer,) = s.answers(items(texts))
+    assert (
+        answer.failed and answer.reason == "the spending cap is reached" and s.stopped and answer.usage["input"] == 300
+    )
+
+
+def test_estimate():
+    texts = captions(50)
+    with OpenAIServer() as server:
+        list(source(server).answers(items(texts)))
+        sent = sum(len(json.dumps([e["body"]["messages"], e["body"]["response_format"]])) for e in server.log)
+    about = estimate(Prompt(), 50, sum(map(len, texts)), 50, price=(1.0, 4.0))
+    assert abs(about["input"] / (sent / 4) - 1) < 0.05 and 50 * 20 < about["output"] < 50 * 60
+    assert about["dollars"] == pytest.approx((about["input"] + 4 * about["output"]) / 1e6)
+    assert estimate(Prompt(), 0, 0, 0) == {"input": 0, "output": 0, "dollars": None}
+
+
+# ---- stopping from outside
+
+
+def test_closing_leaves_no_noise(caplog, capsys):
+    with OpenAIServer(dict.fromkeys(captions(20)[1:], "hang")) as server:
+        answers = source(server, concurrency=8).answers(items(captions(20)))
+        assert next(answers).index == 0
+        start = time.monotonic()
+        answers.close()
+        assert time.monotonic() - start < 1
+        del answers
+        gc.collect()
+    assert not [r for r in caplog.records if r.name == "asyncio" and r.levelno > logging.INFO]
+    assert capsys.readouterr().err == ""
+
+
+def test_interrupt_leaves_no_noise():
+    code = (
+        "from test_hallucinate_api import *\n"
+        "with OpenAIServer(dict.fromkeys(captions(20)[1:], 'hang')) as server:\n"
+        "    for answer in source(server, concurrency=8).answers(items(captions(20))):\n"
+        "        print('started', flush=True)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    pipe = subprocess.PIPE
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, env=env)
+    assert run.stdout.readline() == "started\n"
+    time.sleep(0.3)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=10)
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert "Task" not in err and "never" not in err and "Exception ignored" not in err
+
+
+def test_import_is_light():
+    code = "import sys, hacl_llava.hallucinate.api; assert not {'openai', 'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=TESTS.parent, timeout=60)
+
+
+# ---- batches
+
+
+@pytest.fixture
+def batched(tmp_path):
+    def make(server, **more):
+        return source(server, BatchSource, **{"state_path": tmp_path / "state.json", "poll_seconds": 0.01, **more})
+
+    return make
+
+
+def submitted(server):
+    """How often each item is in a batch, one that nobody looked at again included; by index."""
+    files = [server.files[batch["json"]["input_file_id"]] for batch in server.batches.values()]
+    ids = [json.loads(line)["custom_id"] for file in files for line in file.splitlines()]
+    count = Counter(int(custom_id.partition("-")[0]) for custom_id in ids)
+    return [count[index] for index in range(len(count))]
+
+
+def asked(server):
+    """How often each caption was answered."""
+    return sorted(len(server.calls(caption)) for caption in {entry.get("caption") for entry in server.log} - {None})
+
+
+def test_batches(batched, tmp_path):
+    texts = captions(12)
+    with OpenAIServer({texts[3]: "unicode"}) as server:
+        answers = list(batched(server, chunk=5).answers(items(texts)))
+        assert sorted(a.index for a in answers) == list(range(12)) and all(a.captions and not a.reason for a in answers)
+        assert {a.captions[0][1] for a in answers if a.index == 3} == {" ".join(unicode(rewrite(texts[3])).split())}
+        assert len(server.batches) == 3 and asked(server) == [1] * 12
+        state = json.loads((tmp_path / "state.json").read_text())
+        for n, batch in enumerate(server.batches.values()):
+            assert batch["json"]["metadata"] == {"hacl_run": state["run"], "chunk": str(n)}
+            lines = [json.loads(line) for line in server.files[batch["json"]["input_file_id"]].splitlines()]
+            assert [line["custom_id"] for line in lines] == [f"{i}-0" for i in range(12)[5 * n : 5 * n + 5]]
+            assert lines[0]["url"] == "/v1/chat/completions" and lines[0]["method"] == "POST"
+        # the same request as without batches
+        list(source(server).answers(items(texts[:1])))
+        assert server.calls(texts[0])[0]["body"] == server.calls(texts[0])[1]["body"]
+        # started again: all answers, no batch
+        again = list(batched(server, chunk=5).answers(items(texts)))
+        assert sorted(again) == sorted(answers) and len(server.batches) == 3
+        assert list(batched(server).answers([])) == [] and len(server.batches) == 3
+
+
+def test_batch_asks_again_for_what_was_rejected_or_not_usable(batched):
+    texts = captions(6)
+    plan = {texts[1]: ["same"], texts[2]: ["cut", "null"], texts[3]: "same", texts[4]: "refusal", texts[5]: ["few"]}
+    with OpenAIServer(plan) as server:
+        answers = {a.index: a for a in batched(server).answers(items(texts, ("existence", "quantity")))}
+        assert len(answers) == 6 and len(server.batches) == 3
+        ids = [entry["custom_id"] for entry in server.calls(texts[3])]
+    assert ids == ["3-0", "3-1", "3-2"]
+    assert [len(answers[i].captions) for i in range(6)] == [2, 2, 2, 0, 0, 2]
+    assert answers[3].reason == "every candidate was rejected" and answers[3].rejected == {"same": 6}
+    assert answers[4].reason == "refused by the model" and answers[2].usage == {"input": 900, "output": 120}
+
+
+def test_batch_error_lines(batched, capsys):
+    texts = captions(5)
+    plan = {texts[0]: "500", texts[1]: ["503"], texts[2]: "policy", texts[3]: ["body"]}
+    with OpenAIServer({**plan, texts[3]: "bad"}, batch_plan=["broken", "broken"], formats=("text",)) as server:
+        answers = {a.index: a for a in batched(server).answers(items(texts))}
+        assert len(server.batches) == 4  # two for the form, one, and one more for what failed
+    assert "going on with 'text'" in capsys.readouterr().err
+    assert answers[0].failed and answers[0].reason == "endpoint: 500: not now"
+    assert answers[3].failed and answers[3].reason.startswith("endpoint: 400: Invalid value")
+    assert answers[1].captions and answers[4].captions
+    assert not answers[2].failed and answers[2].reason == "refused by the model"
+
+
+@pytest.mark.parametrize("how", ["expired", "cancelled", "failed"])
+def test_batches_that_are_not_finished(batched, how):
+    texts = captions(6)
+    with OpenAIServer(batch_plan=[how]) as server:
+        answers = list(batched(server).answers(items(texts)))
+        assert len(answers) == 6 and all(a.captions for a in answers) and asked(server) == [1] * 6
+        assert len(server.batches) == 2
+    with OpenAIServer(batch_plan=[how] * 2) as server:
+        answers = list(batched(server, state_path=batched(server).state_path.with_name("other")).answers(items(texts)))
+        failed = [a for a in answers if a.failed]
+        assert len(answers) == 6 and len(failed) == {"failed": 6}.get(how, 2)  # half, and half of the other half
+        assert all(a.reason.startswith("endpoint: ") for a in failed) and len(server.batches) == 2
+        # the next run asks the failed ones again
+        left = [items(texts)[a.index] for a in failed]
+        more = list(batched(server, state_path=batched(server).state_path.with_name("other")).answers(left))
+        assert len(more) == len(left) and all(a.captions and a.usage["input"] == 300 for a in more)
+        assert asked(server) == [1] * 6
+
+
+def test_limit_of_enqueued_tokens(batched):
+    texts = captions(6)
+    with OpenAIServer(batch_plan=["ok", "limit", "limit"], polls=2) as server:
+        answers = list(batched(server, chunk=2).answers(items(texts)))
+        assert len(answers) == 6 and all(a.captions for a in answers) and asked(server) == [1] * 6
+        made = len(server.batches)
+        assert sorted(batched(server, chunk=2).answers(items(texts))) == sorted(answers) and len(server.batches) == made
+    with OpenAIServer(batch_plan=["limit"] * 9) as server:
+        got, error = drain(batched(server, state_path=batched(server).state_path.with_name("x")).answers(items(texts)))
+        assert not got and "lower chunk" in str(error) and len(server.batches) == 1
+
+
+def test_a_batch_whose_creation_got_no_answer_is_not_made_twice(batched):
+    with OpenAIServer(batch_plan=["lost", "ok", "lost"]) as server:
+        answers = list(batched(server, chunk=2).answers(items(captions(6))))
+        assert len(answers) == 6 and len(server.batches) == 3 and submitted(server) == [1] * 6
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(monkeypatch, at, when):
+    """Ends the run before or after a write of the state; returns a list whose length is the number of writes."""
+    save, saves = BatchSource._save, []
+
+    def killing(self, state):
+        saves.append(1)
+        if len(saves) == at and when == "before":
+            raise Killed
+        save(self, state)
+        if len(saves) == at:
+            raise Killed
+
+    monkeypatch.setattr(BatchSource, "_save", killing)
+    return saves
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_any_write_of_the_state(tmp_path, monkeypatch, when):
+    """Nothing is submitted twice, nothing is lost, nothing is answered or billed twice."""
+    texts = captions(6)
+    for at in range(1, 100):
+        with OpenAIServer({texts[1]: ["same"], texts[4]: "same"}) as server, monkeypatch.context() as patch:
+            saves, answers = kill(patch, at, when), []
+            more = {"state_path": tmp_path / f"{at}.json", "poll_seconds": 0.001, "chunk": 2}
+            with contextlib.suppress(Killed):
+                for answer in source(server, BatchSource, **more).answers(items(texts)):
+                    answers.append(answer)
+            killed = len(saves) == at
+            saves.extend([1] * 1000)  # no second kill
+            left = [item for item in items(texts) if item.index not in {a.index for a in answers}]
+            answers += source(server, BatchSource, **more).answers(left)
+            assert sorted(a.index for a in answers) == list(range(6)), at
+            assert [bool(a.captions) for a in sorted(answers)] == [True, True, True, True, False, True]
+            assert submitted(server) == [1, 2, 1, 1, 3, 1], at
+            assert sum(a.usage["input"] for a in answers) == 300 * 9
+        if not killed:
+            break
+    assert at > 10
+
+
+def test_killed_between_answers(batched):
+    texts = captions(7)
+    with OpenAIServer({texts[2]: ["same"]}) as server:
+        answers = []
+        for _ in range(20):
+            left = [item for item in items(texts) if item.index not in {a.index for a in answers}]
+            run = batched(server, chunk=3).answers(left)
+            answers += [answer for answer, _ in zip(run, range(1))]
+            run.close()
+            if not left:
+                break
+        assert sorted(a.index for a in answers) == list(range(7)) and submitted(server) == [1, 1, 2, 1, 1, 1, 1]
+        assert len(server.batches) == 4
+
+
+def test_batch_spending_cap(batched):
+    texts = captions(20)
+    with OpenAIServer() as server:
+        s = batched(server, price=PRICE, max_cost=0.05, chunk=4)
+        answers = list(s.answers(items(texts)))
+        assert 0 < len(answers) * REQUEST <= 0.05 and len(answers) > 8 and asked(server) == [1] * len(answers)
+        assert "spending cap" in s.stopped
+        left = [item for item in items(texts) if item.index not in {a.index for a in answers}]
+        s = batched(server, price=PRICE, max_cost=1, chunk=4, spent=s.spent)
+        assert len(list(s.answers(left))) == len(left) and s.stopped is None and asked(server) == [1] * 20
+
+
+def test_batch_spending_cap_knows_of_batches_made_before(batched):
+    texts = captions(12)
+    with OpenAIServer(polls=10**6) as server:
+        s = batched(server, price=PRICE, max_cost=0.05, poll_seconds=0)
+        run = s.answers(items(texts))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(api.time, "sleep", lambda seconds: kill_now())
+            next(run)
+        (batch,) = server.batches.values()
+        before = submitted(server)
+        assert 4 <= len(before) < 12  # no more would fit until it is known what these cost
+        batch["polls"] = server.polls = 2
+        assert len(list(batched(server, price=PRICE, max_cost=0.05, poll_seconds=0.01).answers(items(texts)))) == 12
+        assert submitted(server) == [1] * 12 and len(server.batches) > 1
+        # Of what a batch has cost and what was set aside for it, only the first counts once it is done.
+        texts = [*texts, "one more brown dog"]
+        s = batched(server, price=PRICE, max_cost=12 * REQUEST + 0.008)
+        assert len(list(s.answers(items(texts)))) == 13 and s.stopped is None
+
+
+def kill_now():
+    raise Killed
+
+
+def test_batch_errors_say_what_to_do(batched, tmp_path, monkeypatch):
+    texts = captions(2)
+    with OpenAIServer() as server:
+        list(batched(server).answers(items(texts)))
+        for more in ({"model": "other"}, {"prompt": Prompt("other")}, {"seed": 2}):
+            got, error = drain(batched(server, **more).answers(items(texts)))
+            assert not got and "belongs to a run with another endpoint, model, prompt" in str(error)
+        server.batches.clear()
+        got, error = drain(batched(server).answers(items(texts)))
+        assert not got and "has no batch batch_0 of" in str(error) and "delete the file" in str(error)
+        (tmp_path / "state.json").write_text("{")
+        got, error = drain(batched(server).answers(items(texts)))
+        assert not got and "is no state of a batch run" in str(error)
+        with pytest.raises(HaclError, match="chunk is 0"):
+            batched(server, chunk=0)
+    start = time.monotonic()
+    (tmp_path / "state.json").unlink()
+    got, error = drain(batched(server).answers(items(texts)))  # the server is gone
+    assert not got and "run again to go on" in str(error) and time.monotonic() - start < 10
+
+
+def test_files_that_are_gone_are_asked_again(batched):
+    with OpenAIServer({captions(2)[0]: ["same"]}) as server:
+        run = batched(server).answers(items(captions(2)))
+        next(run)
+        run.close()
+        server.files.clear()
+        (answer,) = batched(server).answers(items(captions(2))[:1])
+        assert answer.captions
