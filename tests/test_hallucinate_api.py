@@ -170,6 +170,14 @@ def test_parse_gives_plain_strings_the_kinds_wanted():
     assert parse('{"captions": ["one", "two", "three"]}', ITEM) == expected
 
 
+@pytest.mark.parametrize("text", ["A\nB", '1. "A"\n2. "B"', "- A\n\n* B\n", "<think>hm\n</think>\nA\nB"])
+def test_parse_reads_plain_lines_of_models_that_know_no_json(text):
+    assert parse(text, ITEM) == [(ITEM.wanted[0], "A"), (ITEM.wanted[1], "B")]
+    for other in ("A", "A\nB\nC", "{A\nB", "```\nA"):
+        with pytest.raises(ValueError):
+            parse(other, ITEM)
+
+
 def test_parse_leaves_out_what_is_of_no_use():
     entries = ["", "\x00", "\ud800", 3, None, {"kind": "existence"}, {"kind": "color", "caption": "x"}]
     with pytest.raises(ValueError, match="another form"):

@@ -93,14 +93,15 @@ def test_an_untrained_model_is_reported_not_believed(mini, tmp_path, capsys):
     source.write_text(json.dumps([record(0, "a dog on a bed"), record(1, "a cat")]))
     arguments = ["hallucinate", source, out, "--source", "local", "--local-model", mini.llm, "--max-output-tokens", "8"]
     assert main([str(a) for a in arguments]) == 0
-    assert "2 (no usable answer" in capsys.readouterr().out.replace("1 (no", "2 (no")
+    said = capsys.readouterr().out
+    assert "0 of 2 records" in said and ("no usable answer" in said or "every candidate was rejected" in said)
     assert not any("hallucinated_captions" in r for _, r in stream_records(out))
 
 
 def test_refusals_chatter_and_repeats(monkeypatch):
     said = {
         "a dog": ["I'm sorry, I can't do that."],
-        "a dog on a big bed": ["nonsense", answer("a dog on a big bed"), answer("a cat on a big bed")],
+        "a dog on a big bed": ["{nonsense", answer("a dog on a big bed"), answer("a cat on a big bed")],
         "a cow on a hill": [answer("a cow on a hill")] * 9,
     }
     source, asked = LocalSource("none", Checker(), attempts=3), []

@@ -247,7 +247,8 @@ def main(args):
     from .run import EXIT_INCOMPLETE, Run
 
     checker = Checker(tuple(args.length_ratio))
-    _sources(args, sources, types, checker, prompt, None)  # refuse wrong settings before the input is read
+    if not args.dry_run:
+        _sources(args, sources, types, checker, prompt, None)  # refuse wrong settings before the input is read
     run = Run(
         args.input,
         args.output,
@@ -265,8 +266,9 @@ def main(args):
         f"{args.input}: {survey.records} records, {survey.captions} captions to rewrite, "
         f"{len(survey.problems)} bad records."
     )
-    if args.dry_run:
+    if args.dry_run or {"api", "local"} & set(sources):
         _estimate(args, sources, survey, prompt)
+    if args.dry_run:
         return 0
     if args.nli_model:
         checker.entails = Entailment(args.nli_model)
@@ -298,7 +300,9 @@ def _words(args):
 
 def _estimate(args, sources, survey, prompt):
     total = sum(sources.values())
+    part = min(1, args.limit / survey.records) if args.limit else 1
     for name, share in sources.items():
+        share *= part
         items = round(survey.captions * share / total)
         line = f"{name}: about {items} captions"
         if name != "rules":
@@ -321,7 +325,9 @@ def _say(args, run, found, stopped):
         f"hallucinated captions ({kinds})."
     )
     for reason, count in found["without"].most_common():
-        print(f"  without: {count} ({reason})")
+        which = found["without_records"][reason]
+        shown = ", ".join(map(str, which[:5])) + (", ..." if count > 5 else "")
+        print(f"  without: {count} ({reason}): record {shown}")
     if found["usage"] and args.price:
         paid = (found["usage"].get("input", 0) * args.price[0] + found["usage"].get("output", 0) * args.price[1]) / 1e6
         print(
@@ -333,6 +339,3 @@ def _say(args, run, found, stopped):
         print(f"  {found['failed']} failed at the endpoint; the same command asks for them again.", file=sys.stderr)
     if found["to do"] and not args.limit:
         print(f"  {found['to do']} are not asked for yet; the same command goes on.", file=sys.stderr)
-
-
-__all__ = ["add_arguments", "main"]

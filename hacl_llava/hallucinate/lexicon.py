@@ -284,7 +284,8 @@ class Lexicon:
     @functools.lru_cache(maxsize=200_000)  # noqa: B019  (there is one lexicon)
     def related(self, a, b):
         """Whether one of two lemmas means the same as the other, or is a kind of it."""
-        if a == b or self.synonym.get(a, a) == self.synonym.get(b, b):
+        a, b = self.synonym.get(a, a), self.synonym.get(b, b)
+        if a == b:
             return True
         x, y = self.attributes.get(a), self.attributes.get(b)
         if x and y:

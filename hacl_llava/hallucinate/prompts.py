@@ -102,13 +102,19 @@ def parse(text, item):
     """The (kind, caption) pairs in a model's answer to ``item``, white space made single.
 
     Read are the form asked for, a bare list of its entries, and a list of strings (of the kinds wanted, in order), with
-    reasoning, code fences or other text around. Entries that are of no use are left out.
+    reasoning, code fences or other text around; and, from models that know no JSON, just as many lines as are wanted.
+    Entries that are of no use are left out.
 
     Raises:
         ValueError: nothing usable; the message is a short reason.
     """
     text = text.rsplit("</think>", 1)[-1].rstrip()
     values, at, reason = [], 0, "it holds no JSON" if text else "it is empty"
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and len(lines) == len(item.wanted) and not re.search(r"[\[{<`]", text):
+        # "1. A cat." and '- "A cat."' are a cat; what is chatter is for the checks to say
+        if found := _entries([re.sub(r'^\s*(?:\d+[.)]|[-*•])?\s*"?(.*?)"?\s*$', r"\1", line) for line in lines], item):
+            return found
     decoder = json.JSONDecoder(strict=False)
     while match := re.compile(r"[\[{]").search(text, at):
         try:

@@ -150,7 +150,6 @@ _GROUPS_OF = (
 )
 _COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "ten")
 _SINGULAR_VERBS = {"is": "are", "was": "were", "has": "have", "does": "do", "isn't": "aren't"}
-_PLURAL_VERBS = {v: k for k, v in _SINGULAR_VERBS.items()}
 _PICTURES = frozenset("photo photos photograph photography picture image drawing illustration film".split())
 _CLAUSE_ENDS = frozenset(", . ; : while as that which who where when ( )".split())
 
@@ -311,23 +310,20 @@ class _Text:
         """Characters of tokens [start, end)."""
         return self.tokens[start][0], self.tokens[end - 1][1]
 
+    def cased(self, start, end, new):
+        """``new`` in upper case, or with a capital, where the caption's characters [start, end) are."""
+        old = self.caption[start:end]
+        if old.isupper() and len(old) > 1:
+            return new.upper()
+        return new[:1].upper() + new[1:] if old[:1].isupper() else new
+
     def put(self, start, end, new):
         """An edit: tokens [start, end) become ``new``; case and a preceding "a" or "an" follow."""
         first, last = self.span(start, end)
-        old = self.caption[first:last]
-        if old.isupper() and len(old) > 1:
-            new = new.upper()
-        elif old[:1].isupper():
-            new = new[:1].upper() + new[1:]
+        new = self.cased(first, last, new)
         if self.at(start - 1) in ("a", "an") and self.tokens[start - 1][1] < first:
             begin, stop = self.tokens[start - 1]
-            given = self.caption[begin:stop]
-            right = article(new)
-            right = right.upper() if given.isupper() and len(given) > 1 else right
-            right = right.capitalize() if given[:1].isupper() and not (given.isupper() and len(given) > 1) else right
-            if given == "A" and right == "an":
-                right = "An"
-            return begin, last, right + self.caption[stop:first] + new
+            return begin, last, self.cased(begin, stop, article(new)) + self.caption[stop:first] + new
         return first, last, new
 
     def apply(self, edits):
@@ -360,7 +356,7 @@ class Rules:
             group = found.noun.group
             counted = text.at(found.end) == "of" and (found.noun.lemma in _GROUPS_OF or group.name == "unit")
             if found.head and not counted and not group.place and (group.words or group.other):
-                sites.append((3 if group.name in PEOPLE else 4, partial(self._swap, text, found, None)))
+                sites.append((3 if group.name in PEOPLE else 4, partial(self._swap, text, found)))
         if text.size >= 7:
             sites.append((2, partial(self._add_thing, text)))
         return sites
@@ -385,12 +381,12 @@ class Rules:
     def _new(self, text, word):
         return not any(self.lexicon.related(word, known) for known in text.known)
 
-    def _swap(self, text, found, options, dice):
-        """Every mention of a noun becomes another noun of its group."""
+    def _swap(self, text, found, dice):
+        """Every mention of a noun becomes another noun of its group, or of the groups to look in instead."""
         noun, groups = found.noun, self.lexicon.own
         mass = "mass" in noun.group.flags
-        for attempt in (options or self._options(noun.group), *([self._others(noun.group)] if not options else [])):
-            for word in self._draw(text, attempt, dice):
+        for options in (self._options(noun.group), self._others(noun.group)):
+            for word in self._draw(text, options, dice):
                 group = groups[word]
                 if ("mass" in group.flags) != mass or not self._new(text, word):
                     continue
@@ -553,7 +549,7 @@ class Rules:
                     if not (few and group.name in ("footwear", "ride", "eyewear", "lower wear")):
                         start = first - 2 - (text.at(first - 3) in ("a", "the") or self._is_modifier(text, first - 3))
                         start -= text.at(start - 1) == "a"
-                        sites.append((3, partial(self._number, text, start, first, "seven" if few else "two")))
+                        sites.append((3, partial(self._number, text, start, first, "a dozen" if few else "two")))
                 elif before == "few" and text.at(first - 2) == "a":
                     sites.append((3, partial(self._number, text, first - 2, first, "a dozen")))
                 elif (
@@ -586,22 +582,21 @@ class Rules:
             after is None
             or not after[0].isalpha()
             or after in PREPOSITIONS
-            or after in ("and", "or", "while", "that", "who", "which")
-            and text.at(i + 1) not in (*_SINGULAR_VERBS, *_PLURAL_VERBS)
-            and after in ("and", "or", "while")
+            or after in ("and", "or", "while")
+            and text.at(i + 1) not in _SINGULAR_VERBS
             or after.endswith(("ing", "ed"))
             and len(after) > 4
         )
 
-    def _agree(self, text, i, verbs):
-        """Edits that make the verb of a subject ending at token i agree, or None if it cannot be told."""
+    def _agree(self, text, i):
+        """Edits that make the verb of a subject that ends before token i plural, or None if it cannot be told."""
         for k in range(i, text.size):
             word = text.low[k]
-            if word in verbs:
-                return [text.put(k, k + 1, verbs[word])]
+            if word in _SINGULAR_VERBS:
+                return [text.put(k, k + 1, _SINGULAR_VERBS[word])]
             if word in _CLAUSE_ENDS and not (word == "that" and k == i):
                 return None if k == i and word in ("which", "who") else []
-            if verbs is _SINGULAR_VERBS and word.endswith("s") and k not in text.inside and word not in FUNCTION:
+            if word.endswith("s") and k not in text.inside and word not in FUNCTION:
                 for base in (
                     word[:-3] + "y" if word.endswith("ies") else "",
                     word[:-2] if word.endswith("es") else "",
@@ -618,27 +613,25 @@ class Rules:
         return [text.put(i, i + 1, str(new) if word[0].isdigit() else _NAMES[new])]
 
     def _number(self, text, start, end, new, dice):
-        if new in ("seven", "a dozen"):
-            new = dice.choose(("six", "seven", "eight", "ten", "a dozen"))
-        edits = [text.put(start, end, new)]
+        """ "several dogs" -> "two dogs", "a few dogs" -> "seven dogs"."""
         if text.at(start - 1) in ("a", "an"):
             return None
+        if new != "two":
+            new = dice.choose(("six", "seven", "eight", "ten", "a dozen"))
+        edits = [text.put(start, end, new)]
         if start == 0:
-            agreed = self._agree(text, end + 1, _SINGULAR_VERBS) if text.low[end - 1] == "of" else []
+            agreed = self._agree(text, end + 1) if text.low[end - 1] == "of" else []
             if agreed is None:
                 return None
             edits += agreed
         return edits
 
     def _single(self, text, first, found, dice):
-        head = found.noun.lemma
-        phrase_start = text.span(first, found.end)[0]
-        noun_start, noun_end = text.span(found.start, found.end)
-        middle = text.caption[phrase_start:noun_start]
-        text_ = f"a single {middle[:1].lower() + middle[1:] if not text.caption.isupper() else middle}{head}"
-        if text.caption[phrase_start : phrase_start + 1].isupper():
-            text_ = text_[:1].upper() + text_[1:]
-        return [(phrase_start, noun_end, text_)]
+        """ "dogs running" -> "a single dog running"."""
+        start, end = text.span(first, found.end)
+        middle = text.caption[start : text.tokens[found.start][0]]
+        middle = middle if text.caption.isupper() else middle[:1].lower() + middle[1:]
+        return [(start, end, text.cased(start, start + 1, f"a single {middle}{found.noun.lemma}"))]
 
     def _several(self, text, first, found, dice):
         """ "a dog sits" -> "three dogs sit"."""
@@ -654,18 +647,15 @@ class Rules:
         elif before in ("is", "was"):
             return None
         elif start == 0 or before in _CLAUSE_ENDS:
-            agreed = self._agree(text, found.end, _SINGULAR_VERBS)
+            agreed = self._agree(text, found.end)
             if agreed is None:
                 return None
             edits += agreed
         elif not self._is_safe(text, found.end):
             return None
         edits.append(text.put(start, start + 1, dice.choose(_COUNTS)))
-        noun_start, noun_end = text.span(found.start, found.end)
-        many = plural(text.caption[noun_start:noun_end].lower())
-        given = text.caption[noun_start:noun_end]
-        many = many.upper() if given.isupper() else many[:1].upper() + many[1:] if given[:1].isupper() else many
-        edits.append((noun_start, noun_end, many))
+        start, end = text.span(found.start, found.end)
+        edits.append((start, end, text.cased(start, end, plural(text.caption[start:end].lower()))))
         return edits
 
     def _location(self, text):
@@ -688,7 +678,7 @@ class Rules:
             if group.place or group.name in ("ground",):
                 places = True
                 if found.head and "mass" not in group.flags:
-                    sites.append((4, partial(self._swap, text, found, None)))
+                    sites.append((4, partial(self._swap, text, found)))
         if not places and text.size >= 8 and text.scenes:
             sites.append((1, partial(self._add_place, text)))
         return sites
@@ -874,6 +864,3 @@ def rewrite(caption, kind=None, seed=0, count=1):
     types = {kind: 1.0} if kind else None
     item = Item(0, "caption", caption, (), (kind or KINDS[0],) * count)
     return list(RulesSource(types, seed).block([item])[0].captions)
-
-
-__all__ = ["Rules", "RulesSource", "rewrite", "length"]

@@ -25,7 +25,7 @@ from ..records import (
     with_captions,
     write_records,
 )
-from . import Answer, Item
+from . import Item
 from .rules import BLOCK
 
 EXIT_INCOMPLETE = 1  # some records are still to be asked for: the same command does it
@@ -220,8 +220,13 @@ def _say(key, value):
     return f"{key} {json.dumps(value)}" if value is not None else f"no {key}"
 
 
+def _bar(iterable=None, **settings):
+    # in a file, a line now and then is enough
+    return tqdm(iterable, mininterval=0.5 if sys.stderr.isatty() else 60, **settings)
+
+
 def _shown(iterable, what, total=None):
-    return tqdm(iterable, desc=what, total=total, unit=" records", disable=None, leave=False, mininterval=0.5)
+    return _bar(iterable, desc=what, total=total, unit=" records", leave=False, delay=2)
 
 
 class Run:
@@ -351,7 +356,7 @@ class Run:
                 continue
             failed = without = seen = 0
             spent = Counter(self.journal.usage)
-            with tqdm(total=todo, desc=name, unit=" captions", disable=None, mininterval=0.5) as bar:
+            with _bar(total=todo, desc=name, unit=" captions") as bar:
                 answers = source.answers(self.items(split[name], source.whole_blocks))
                 try:
                     for answer in answers:
@@ -402,7 +407,7 @@ class Run:
             yield index, self.journal.entry(index)
 
     def summary(self):
-        """Counts of the whole run so far, for people and for the report."""
+        """Counts of the whole run so far, for people and for the report; and which records are without, by reason."""
         found = {
             "records": self.survey.records,
             "with hallucinated captions": 0,
@@ -412,28 +417,25 @@ class Run:
             "kinds": Counter(),
             "sources": Counter(),
             "without": Counter(),
+            "without_records": {},
             "rejected": Counter(),
             "usage": dict(self.journal.usage),
         }
         for index, entry in self.entries():
-            if index in self.survey.skip:
-                found["without"][self.survey.skip[index]] += 1
-                continue
-            if entry is None:
+            reason = self.survey.skip.get(index)
+            if reason is None and entry is None:
                 found["to do"] += 1
                 continue
-            found["rejected"].update(entry.get("rejected", {}))
-            if entry.get("failed"):
-                found["failed"] += 1
-                found["without"][entry["reason"]] += 1
-            elif not entry["captions"]:
-                found["without"][entry["reason"]] += 1
-            if entry["captions"]:
+            if reason is None:
+                found["rejected"].update(entry.get("rejected", {}))
+                found["failed"] += bool(entry.get("failed"))
+                reason = None if entry["captions"] else entry["reason"]
+            if reason is not None:
+                found["without"][reason] += 1
+                found["without_records"].setdefault(reason, []).append(index)
+            else:
                 found["with hallucinated captions"] += 1
                 found["captions"] += len(entry["captions"])
                 found["sources"][entry["source"]] += len(entry["captions"])
                 found["kinds"].update(k for k, _ in entry["captions"])
         return found
-
-
-__all__ = ["Answer", "Item", "Journal", "Run", "Survey", "EXIT_INCOMPLETE"]
