@@ -87,7 +87,21 @@ class Meaning:
             token = tokens[i]
             i += 1
             kind, value = _kind(token)
-            if kind == "relation":
+            if kind == "word":
+                content.add(value)
+                sequence.append(value)
+            elif kind == "function":
+                sequence.append(value)
+            elif kind == "phrase":
+                for n in (2, 1):  # "fire hydrant" is one thing
+                    phrase = " ".join(tokens[i - 1 : i + n])
+                    if phrase in words.phrases and words.noun(phrase) or phrase in words.attributes:
+                        value = _lemma(phrase)
+                        i += n
+                        break
+                content.add(value)
+                sequence.append(value)
+            elif kind == "relation":
                 for n in (2, 1, 0):
                     relation = _RELATIONS.get(" ".join(tokens[i - 1 : i + n]))
                     if relation:
@@ -97,23 +111,11 @@ class Meaning:
                         break
                 else:
                     sequence.append("." + token)
-            elif kind == "function":
-                sequence.append(value)
             elif kind == "negation":
                 self.negations += 1
-            elif kind == "number":
+            else:
                 self.numbers[value] = self.numbers.get(value, 0) + 1
                 sequence.append(str(value))
-            else:
-                if kind == "phrase":
-                    for n in (2, 1):  # "fire hydrant" is one thing
-                        phrase = " ".join(tokens[i - 1 : i + n])
-                        if phrase in words.phrases and words.noun(phrase) or phrase in words.attributes:
-                            value = _lemma(phrase)
-                            i += n
-                            break
-                content.add(value)
-                sequence.append(value)
         self.words = frozenset(content)
 
     def pairs(self):

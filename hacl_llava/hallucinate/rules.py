@@ -200,16 +200,10 @@ class _Text:
     def __init__(self, caption, others=()):
         self.lexicon = lexicon()
         self.caption = caption
-        self.tokens, self.low = [], []
-        for match in TOKEN.finditer(caption):
-            word = match.group()
-            # web captions are tokenised: "t - shirt", "medium - sized"
-            if len(self.low) > 1 and self.low[-1] == "-" and word[0].isalpha() and self.low[-2].isalpha():
-                self.low[-2:] = [self.low[-2] + "-" + word.lower()]
-                self.tokens[-2:] = [(self.tokens[-2][0], match.end())]
-            else:
-                self.low.append(word.lower())
-                self.tokens.append(match.span())
+        self.tokens = [match.span() for match in TOKEN.finditer(caption)]
+        self.low = [caption[a:b].lower() for a, b in self.tokens]
+        if "-" in self.low:
+            self._join_hyphens()
         self.size = len(self.low)
         self.nouns = []
         self._find_nouns()
@@ -224,6 +218,18 @@ class _Text:
         self.gender = {_GENDERED[w] for w in self.low if w in _GENDERED}
         self.starts = {f.start: f for f in self.nouns}
         self.inside = {i for f in self.nouns for i in range(f.start, f.end)}
+
+    def _join_hyphens(self):
+        # web captions are tokenised: "t - shirt", "medium - sized"
+        tokens, low = [], []
+        for span, word in zip(self.tokens, self.low):
+            if len(low) > 1 and low[-1] == "-" and word[0].isalpha() and low[-2].isalpha():
+                low[-2:] = [low[-2] + "-" + word]
+                tokens[-2:] = [(tokens[-2][0], span[1])]
+            else:
+                low.append(word)
+                tokens.append(span)
+        self.tokens, self.low = tokens, low
 
     def at(self, i):
         return self.low[i] if 0 <= i < self.size else None
