@@ -13,28 +13,23 @@ from .checks import RATIO
 SOURCES = ("rules", "api", "local")
 
 
-def _share(text):
-    name, equals, share = text.partition("=")
-    try:
-        share = float(share) if equals else 1.0
-    except ValueError:
-        share = -1
-    if name not in SOURCES or not 0 < share < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: allowed are {', '.join(SOURCES)}, each with =SHARE above 0 or alone"
-        )
-    return name, share
+def _weighted(names, least):
+    """An argparse type: one of ``names``, alone (weight 1) or as NAME=WEIGHT."""
 
+    def read(text):
+        name, equals, weight = text.partition("=")
+        try:
+            weight = float(weight) if equals else 1.0
+        except ValueError:
+            weight = -1
+        if name not in names or not least <= weight < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: allowed are {', '.join(names)}, each alone or with =WEIGHT, a number "
+                + ("from 0" if least == 0 else "above 0")
+            )
+        return name, weight
 
-def _kind(text):
-    name, equals, weight = text.partition("=")
-    try:
-        weight = float(weight) if equals else 1.0
-    except ValueError:
-        weight = -1
-    if name not in KINDS or not 0 <= weight < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed are {', '.join(KINDS)}, each with =WEIGHT or alone")
-    return name, weight
+    return read
 
 
 def _whole(text):
@@ -60,7 +55,7 @@ def add_arguments(parser):
     add("output", metavar="OUTPUT", help="the same with hallucinated captions (.json, .jsonl, .gz by its name)")
     add(
         "--source",
-        type=_share,
+        type=_weighted(SOURCES, 1e-9),
         action="append",
         metavar="NAME[=SHARE]",
         help="rules (no network, no model; the default), api (an OpenAI-compatible endpoint), local (a Hugging Face "
@@ -69,7 +64,7 @@ def add_arguments(parser):
     add("--per-caption", type=_whole, default=1, metavar="K", help="hallucinated captions for each (default: 1)")
     add(
         "--types",
-        type=_kind,
+        type=_weighted(KINDS, 0),
         nargs="+",
         metavar="KIND[=WEIGHT]",
         help=f"kinds of hallucination and their weights: {', '.join(KINDS)} (default: all alike)",
