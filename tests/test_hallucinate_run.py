@@ -216,7 +216,8 @@ def test_two_at_a_time_are_refused(tmp_path, small, capsys):
     with open(f"{out}.journal", "ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert hallucinate(small, out) == 2
-    assert "another run is writing it" in capsys.readouterr().err
+        assert hallucinate(small, out, "--restart") == 2
+    assert capsys.readouterr().err.count("another run is writing it") == 2
     assert hallucinate(small, out) == 0
 
 
@@ -553,7 +554,12 @@ def test_a_spending_cap_and_going_on(tmp_path, endpoint, capsys):
         price = ["--price", "10", "10"]  # an answer of the server costs $ 0.0034
         assert hallucinate(source, out, *api(server, *price, "--max-cost", "0.06")) == 1
         said = capsys.readouterr()
-        assert "stopped early" in said.err and "not asked for yet" in said.err and "spent: $ 0.0" in said.out
+        assert (
+            "stopped early" in said.err
+            and "not asked for yet" in said.err
+            and "spent by api: " in said.out
+            and "$ 0.0" in said.out
+        )
         first = len(server.log)
         assert 0 < first < 20 and sum("hallucinated_captions" in r for r in load(out)) == first
         assert hallucinate(source, out, *api(server, *price, "--max-cost", "0.06")) == 1  # nothing more is spent
@@ -652,4 +658,4 @@ def test_a_report_of_an_unfinished_run(tmp_path, endpoint):
     with server_class() as server:
         assert hallucinate(source, tmp_path / "out.json", *api(server), "--limit", 2, "--report") == 0
     found = json.loads((tmp_path / "out.report.json").read_text(encoding="utf-8"))
-    assert found["captions"] == 2 and found["to do"] == 3 and found["usage"]["input"] > 0
+    assert found["captions"] == 2 and found["to do"] == 3 and found["usage"]["api"]["input"] > 0

@@ -1,6 +1,7 @@
 """``hacl-llava hallucinate``: its arguments, and what they put together. Floor 2."""
 
 import argparse
+import functools
 import os
 import shlex
 import sys
@@ -192,7 +193,7 @@ def _sources(args, sources, types, checker, prompt, journal):
                 "response_format": args.response_format,
                 "price": tuple(args.price) if args.price else None,
                 "max_cost": args.max_cost,
-                "spent": dict(journal.usage) if journal else {},
+                "spent": dict(journal.usage.get("api", {})) if journal else {},
                 "seed": args.seed,
             }
             if args.batch:
@@ -270,10 +271,8 @@ def main(args):
         if args.workers is None and "rules" in sources:
             args.workers = 1  # one model in one process
     with run.open() as journal:
-        cost = None
-        if args.price:
-            cost = lambda usage: (usage["input"] * args.price[0] + usage["output"] * args.price[1]) / 1e6  # noqa: E731
         try:
+            cost = functools.partial(_dollars, args) if args.price else None
             stopped = run.ask(_sources(args, sources, types, checker, prompt, journal), cost)
         except KeyboardInterrupt:
             done = sum(d == 1 for d in journal.done)
@@ -287,6 +286,10 @@ def main(args):
 
             print(f"report: {write_report(run, 'hacl-llava ' + shlex.join(_words(args)))}")
     return EXIT_INCOMPLETE if found["failed"] or found["to do"] and args.limit is None else 0
+
+
+def _dollars(args, usage):
+    return (usage.get("input", 0) * args.price[0] + usage.get("output", 0) * args.price[1]) / 1e6
 
 
 def _words(args):
@@ -323,11 +326,9 @@ def _say(args, run, found, stopped):
         which = found["without_records"][reason]
         shown = ", ".join(map(str, which[:5])) + (", ..." if count > 5 else "")
         print(f"  without: {count} ({reason}): record {shown}")
-    if found["usage"] and args.price:
-        paid = (found["usage"].get("input", 0) * args.price[0] + found["usage"].get("output", 0) * args.price[1]) / 1e6
-        print(
-            f"  spent: $ {paid:.2f} ({found['usage'].get('input', 0)} tokens in, {found['usage'].get('output', 0)} out)"
-        )
+    for source, usage in found["usage"].items():
+        paid = f", $ {_dollars(args, usage):.2f}" if args.price and source == "api" else ""
+        print(f"  spent by {source}: {usage.get('input', 0)} tokens in, {usage.get('output', 0)} out{paid}")
     for sentence in stopped:
         print(f"  stopped early: {sentence}", file=sys.stderr)
     if found["failed"]:

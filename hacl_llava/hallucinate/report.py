@@ -115,7 +115,7 @@ def _markdown(found, picture, command):
                     "length ratio within {} to {}".format(*found["settings"]["length_ratio"]),
                     f"{ratio['within']:.1%}" if captions else "-",
                 ),
-                *((f"tokens used, {k}", v) for k, v in found["usage"].items()),
+                *((f"tokens, {s}: {k}", v) for s, usage in found["usage"].items() for k, v in usage.items()),
             ],
         ),
         f"![kinds, length ratios, refusals]({picture})\n",

@@ -117,7 +117,7 @@ class Journal:
         HaclError: another run is writing it; it belongs to another input or other settings; the disk is full.
     """
 
-    def __init__(self, path, header, records):
+    def __init__(self, path, header, records, restart=False):
         self.path = path
         try:
             self.file = open(path, "a+b")  # noqa: SIM115  (kept open, for its lock)
@@ -128,9 +128,11 @@ class Journal:
         except OSError:
             self.file.close()
             raise HaclError(f"{path}: another run is writing it; wait for it, or choose another output.") from None
+        if restart:
+            self.file.truncate(0)
         self.done = bytearray(records)  # 1: answered, 2: to be asked again
         self.places = array.array("q", [-1]) * records
-        self.usage = Counter()
+        self.usage = {}  # {source: tokens it was paid for}
         try:
             self._load(header)
         except BaseException:
@@ -169,10 +171,13 @@ class Journal:
                 index = entry["record"]
                 self.done[index] = 2 if entry.get("failed") else 1
                 self.places[index] = place
-                self.usage.update(entry.get("usage", {}))
+                self._count(entry["source"], entry.get("usage", {}))
             except (ValueError, KeyError, IndexError, TypeError):
                 raise HaclError(f"{self.path}: damaged at byte {place}; --restart throws its answers away.") from None
         self.file.truncate(end)
+
+    def _count(self, source, usage):
+        self.usage.setdefault(source, Counter()).update(usage)
 
     def _append(self, entry):
         line = json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
@@ -197,7 +202,7 @@ class Journal:
         entry |= {k: v for k in ("reason", "failed", "rejected", "usage") if (v := getattr(answer, k))}
         self.places[answer.index] = self._append(entry)
         self.done[answer.index] = 2 if answer.failed else 1
-        self.usage.update(answer.usage)
+        self._count(source, answer.usage)
 
     def entry(self, index):
         """What is known of a record, or None."""
@@ -285,9 +290,9 @@ class Run:
 
     def open(self):
         """Take the journal, and with it the right to write."""
-        if self.restart and os.path.exists(self.journal_path):
-            os.unlink(self.journal_path)
-        self.journal = Journal(self.journal_path, self.header, self.survey.records)
+        self.journal = Journal(self.journal_path, self.header, self.survey.records, self.restart)
+        if self.restart and os.path.exists(self.target + ".batches"):
+            os.unlink(self.target + ".batches")
         return self.journal
 
     def wanted(self, index):
@@ -343,7 +348,7 @@ class Run:
         """Ask every source for its records, one source after the other; answers go to the journal as they come.
 
         Args:
-            sources: {name: (share, source)}. cost: function of the usage so far to dollars, for the progress bar.
+            sources: {name: (share, source)}. cost: tokens to dollars, for the progress bar.
 
         Returns:
             Sentences of sources that stopped early.
@@ -355,7 +360,8 @@ class Run:
             if not todo:
                 continue
             failed = without = seen = 0
-            spent = Counter(self.journal.usage)
+            usage = self.journal.usage.setdefault(name, Counter())
+            before = cost and cost(usage)
             with _bar(total=todo, desc=name, unit=" captions") as bar:
                 answers = source.answers(self.items(split[name], source.whole_blocks))
                 try:
@@ -368,9 +374,10 @@ class Run:
                         without += not answer.captions and not answer.failed
                         if seen % 64 == 0 or answer.usage:
                             shown = {"failed": failed, "without": without}
-                            if cost and (paid := cost(self.journal.usage)) is not None:
-                                now = cost(Counter(self.journal.usage) - spent)
-                                shown |= {"$": f"{paid:.2f}", "$ to go": f"{now / seen * (todo - seen):.2f}"}
+                            if cost and name == "api":
+                                paid = cost(usage)
+                                to_go = (paid - before) / seen * (todo - seen)
+                                shown |= {"$": f"{paid:.2f}", "$ to go": f"{to_go:.2f}"}
                             bar.set_postfix(shown, refresh=False)
                         bar.update()
                 finally:
@@ -419,7 +426,7 @@ class Run:
             "without": Counter(),
             "without_records": {},
             "rejected": Counter(),
-            "usage": dict(self.journal.usage),
+            "usage": {source: dict(usage) for source, usage in self.journal.usage.items() if usage},
         }
         for index, entry in self.entries():
             reason = self.survey.skip.get(index)
