@@ -75,6 +75,19 @@ def _hallucinate(args):
     return main(args)
 
 
+def _export(args):
+    from .checkpoint import export_to_hf, import_from_hf
+
+    if args.to == "hf":
+        export_to_hf(args.source, args.target, args.base, args.vision_tower)
+    elif args.base:
+        raise HaclError("--base is for --to hf, where a projector needs its language model.")
+    else:
+        import_from_hf(args.source, args.target, args.vision_tower)
+    print(f"{args.target}: written.")
+    return 0
+
+
 def _demo(args):
     from .demo import run
 
@@ -116,6 +129,19 @@ def _parser():
     )
     hallucinate.add_arguments(command)
     command.set_defaults(run=_hallucinate)
+
+    command = commands.add_parser(
+        "export",
+        help="a LLaVA checkpoint in Hugging Face's format, or back",
+        description="Write a LLaVA checkpoint as Hugging Face's LlavaForConditionalGeneration with its processor (what "
+        "vLLM serves), or such a checkpoint as LLaVA's own.",
+    )
+    command.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or of a stage-1 run with --base")
+    command.add_argument("target", metavar="TARGET", help="folder to write")
+    command.add_argument("--to", choices=("hf", "llava"), required=True, help="the format to write")
+    command.add_argument("--base", metavar="LLM", help="the language model of a projector alone")
+    command.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
+    command.set_defaults(run=_export)
 
     command = commands.add_parser(
         "demo",

@@ -119,7 +119,7 @@ def test_public_names_resolve():
 
 
 FLOORS = {
-    "config": 0, "loss": 0, "miniature": 0, "compat": 1, "records": 1, "hallucinate": 2, "patching": 1,
+    "config": 0, "loss": 0, "miniature": 0, "compat": 1, "records": 1, "checkpoint": 1, "hallucinate": 2, "patching": 1,
     "modeling": 2, "data": 2, "trainer": 3, "integration": 4, "train": 5, "cli": 6, "demo": 5,
 }  # fmt: skip
 

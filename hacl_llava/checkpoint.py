@@ -1,0 +1,451 @@
+"""Checkpoints between LLaVA's format and Hugging Face's ``LlavaForConditionalGeneration``. Floor 1.
+
+Weights are read and written tensor by tensor, under their own names: neither model is built, so a 13B checkpoint needs
+no more memory than one shard, and the weights do not depend on the installed transformers.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .config import HaclError
+
+SHARD = 5 * 10**9  # bytes of weights in a file
+_PAD_TO = 64  # rows of the vocabulary, as the published llava-hf checkpoints have it
+_PROMPT = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% else %}{{ message['role'].upper() + ': ' }}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}{% endif %}"
+    "{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ ' ' if message['role'] == 'user' else '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+class CheckpointError(HaclError):
+    """A checkpoint that cannot be read or converted; the message names the file and the tensor."""
+
+
+class Weights:
+    """The tensors of a folder or file by name, read one at a time: safetensors or LLaVA's ``.bin``, sharded or not.
+
+    Pickles are read with ``weights_only=True``: one that holds code is refused.
+
+    Raises:
+        CheckpointError: there are none, a shard is missing, or a file is damaged.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._where, self._open = {}, (None, None)
+        for file in self._files():
+            for name in self._names(file):
+                self._where[name] = file
+
+    def _files(self):
+        if self.path.is_file():
+            return [self.path]
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            if (self.path / index).exists():
+                shards = sorted(set(_read_json(self.path / index).get("weight_map", {}).values()))
+                missing = [s for s in shards if not (self.path / s).exists()]
+                if missing or not shards:
+                    raise CheckpointError(
+                        f"{self.path / index}: names {', '.join(missing) or 'no shards'}, not there; copy them all."
+                    )
+                return [self.path / s for s in shards]
+        for single in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
+            if (self.path / single).exists():
+                return [self.path / single]
+        raise CheckpointError(
+            f"{self.path}: holds no weights (model.safetensors, pytorch_model.bin, or shards of them)."
+        )
+
+    def _load(self, file):
+        if self._open[0] != file:
+            try:
+                if file.suffix == ".safetensors":
+                    self._open = (file, safe_open(file, "pt"))
+                else:
+                    self._open = (file, torch.load(file, map_location="cpu", weights_only=True))
+            except Exception as error:
+                first = (str(error).splitlines() or [""])[0][:200]
+                code = "; it may hold code, which is not run" if "weights_only" in str(error).lower() else ""
+                raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}: {first}){code}.") from None
+        return self._open[1]
+
+    def _names(self, file):
+        found = self._load(file)
+        return list(found.keys())
+
+    def __contains__(self, name):
+        return name in self._where
+
+    def __iter__(self):
+        return iter(self._where)
+
+    def __getitem__(self, name):
+        if name not in self._where:
+            raise CheckpointError(f"{self.path}: has no tensor {name!r}.")
+        found = self._load(self._where[name])
+        return found.get_tensor(name) if hasattr(found, "get_tensor") else found[name]
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not json ({error}).") from None
+
+
+class _Folder:
+    """A folder that appears whole or not at all: written beside itself and renamed.
+
+    Raises:
+        CheckpointError: it exists already, or cannot be written (a full disk, say); nothing is left behind then.
+    """
+
+    def __init__(self, target):
+        self.target = Path(target)
+        self.part = self.target.with_name(self.target.name + ".part")
+
+    def __enter__(self):
+        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            raise CheckpointError(f"{self.target}: exists already; choose another folder, or remove it.")
+        shutil.rmtree(self.part, ignore_errors=True)
+        try:
+            self.part.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.part}: cannot be made ({error.strerror}).") from None
+        return self.part
+
+    def __exit__(self, kind, error, _):
+        if kind is None:
+            if self.target.exists():
+                self.target.rmdir()
+            os.replace(self.part, self.target)
+            return
+        shutil.rmtree(self.part, ignore_errors=True)
+        if isinstance(error, OSError) or kind.__name__ == "SafetensorError":
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{self.target}: cannot be written ({reason}).") from None
+
+
+def _write(folder, tensors, shard=SHARD):
+    """Write (name, tensor) pairs as safetensors, in shards with an index where one file would be too large."""
+    files, names, held, size, total = [], {}, {}, 0, 0
+
+    def close():
+        nonlocal held, size
+        file = f"model-{len(files) + 1:05d}.safetensors"
+        save_file(held, folder / file, metadata={"format": "pt"})
+        names.update(dict.fromkeys(held, file))
+        files.append(file)
+        held, size = {}, 0
+
+    for name, tensor in tensors:
+        count = tensor.numel() * tensor.element_size()
+        if held and size + count > shard:
+            close()
+        held[name] = tensor.contiguous().clone() if tensor._base is not None else tensor.contiguous()
+        size, total = size + count, total + count
+    close()
+    if len(files) == 1:
+        os.replace(folder / files[0], folder / "model.safetensors")
+        return
+    new = {f: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files)}
+    for old, name in new.items():
+        os.replace(folder / old, folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {n: new[f] for n, f in names.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+# LLaVA's names -> those of the published llava-hf checkpoints, which every transformers since 4.36 and vLLM read; newer
+# transformers writes the third form itself. The first pattern that fits decides.
+_TO_HF = (
+    (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"model\.", "language_model.model."),
+    (r"lm_head\.", "language_model.lm_head."),
+)
+_TO_LLAVA = (
+    (r"(?:model\.)?multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+    (r"(?:model\.)?multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"language_model\.model\.", "model."),
+    (r"model\.language_model\.", "model."),
+    (r"lm_head\.", "lm_head."),
+)
+_NOT_KEPT = re.compile(r"rotary_emb\.inv_freq|position_ids|hacl_head\.")
+_NOT_VISION = ("text_model.", "text_projection", "visual_projection", "logit_")  # of a whole CLIP
+_ROWS = ("embed_tokens.weight", "lm_head.weight")
+
+
+def _renamed(name, patterns, path):
+    for pattern, new in patterns:
+        if re.match(pattern, name):
+            return re.sub("^" + pattern, new, name)
+    raise CheckpointError(f"{path}: has a tensor {name!r}, which belongs to no part of a LLaVA model.")
+
+
+def _llava_config(source):
+    config = _read_json(Path(source) / "config.json")
+    kind = config.get("model_type")
+    if kind not in ("llava", "llava_llama", "llava_mistral") or "mm_vision_tower" not in config:
+        raise CheckpointError(
+            f"{source}/config.json: has the model_type {kind!r}"
+            + ("" if "mm_vision_tower" in config else " and no mm_vision_tower")
+            + "; expected a LLaVA checkpoint: llava_llama, llava_mistral or llava, with an mm_vision_tower."
+        )
+    projector = config.get("mm_projector_type", "linear")
+    if projector != "mlp2x_gelu":
+        raise CheckpointError(
+            f"{source}/config.json: has the projector {projector!r}; Hugging Face's format knows mlp2x_gelu alone."
+        )
+    return config
+
+
+def _tower_folder(tower, source):
+    for folder in (Path(tower), Path(source) / tower):
+        if (folder / "config.json").exists():
+            return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
+        return Path(snapshot_download(str(tower), allow_patterns=patterns))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:160]
+        raise CheckpointError(
+            f"vision tower {tower}: is no folder, and the hub does not give it ({first}); name it with --vision-tower."
+        ) from None
+
+
+def _text_config(config):
+    """The language model's part of a LLaVA config.json."""
+    other = (
+        "mm_",
+        "tune_mm",
+        "freeze_mm",
+        "unfreeze_mm",
+        "image_",
+        "use_mm_proj",
+        "hacl",
+        "tokenizer_",
+        "architectures",
+    )
+    other += ("model_type", "transformers_version", "_name_or_path", "auto_map", "use_cache")
+    text = {k: v for k, v in config.items() if not k.startswith(other)}
+    text["model_type"] = "mistral" if "mistral" in str(config["model_type"]) else "llama"
+    text["architectures"] = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[text["model_type"]]]
+    return text
+
+
+def _more_rows(tensor, rows):
+    """The tensor with rows added, each the mean of those there: the same every time."""
+    mean = tensor.double().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
+
+
+def export_to_hf(source, target, base=None, vision_tower=None):
+    """Write a LLaVA checkpoint as Hugging Face's ``LlavaForConditionalGeneration``, with its processor.
+
+    The tokenizer gets ``<image>`` and ``<pad>`` after its own tokens, and the vocabulary rows up to a multiple of 64,
+    as the published llava-hf checkpoints have them; new rows are the mean of the old ones. What is needed to come back
+    is kept in config.json under ``"hacl_llava"``.
+
+    Args:
+        source: folder of a LLaVA checkpoint, or of a stage-1 run (``mm_projector.bin``) with ``base``.
+        target: folder to write; it must not exist yet.
+        base: the language model that a projector belongs to.
+        vision_tower: folder or hub id, in place of config.json's ``mm_vision_tower``.
+
+    Raises:
+        CheckpointError: what is read does not fit together, or the target cannot be written.
+    """
+    source = Path(source)
+    config = _llava_config(source)
+    if (source / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{source}: is a LoRA checkpoint; merge it first (LLaVA's scripts/merge_lora_weights.py)."
+        )
+    tower = _tower_folder(vision_tower or config["mm_vision_tower"], source)
+    vision = _read_json(tower / "config.json")
+    vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
+    parts = [Weights(source)]
+    if base is not None:
+        parts = [Weights(base), Weights(source / "mm_projector.bin")]
+        text = _read_json(Path(base) / "config.json")
+        for key in ("hidden_size", "num_hidden_layers"):
+            if text.get(key) != config.get(key):
+                raise CheckpointError(
+                    f"{base}/config.json: has the {key} {text.get(key)}, the projector's run had {config.get(key)}; "
+                    "give the language model that the projector was trained with."
+                )
+    elif "lm_head.weight" not in parts[0] and not config.get("tie_word_embeddings"):
+        raise CheckpointError(f"{source}: holds a projector alone; give its language model with --base.")
+
+    from transformers import AddedToken, AutoTokenizer
+
+    # legacy: a text that follows <image> begins with a space, as where LLaVA tokenizes the pieces between images
+    tokenizer = AutoTokenizer.from_pretrained(str(base or source), use_fast=True, from_slow=True, legacy=True)
+    own = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    text_config = _text_config(config)
+    embeddings = next(p for p in parts if "model.embed_tokens.weight" in p)["model.embed_tokens.weight"]
+    before = len(embeddings)
+    rows = -(-max(before, len(tokenizer)) // _PAD_TO) * _PAD_TO
+    text_config |= {"vocab_size": rows, "pad_token_id": tokenizer.pad_token_id}
+    select = config.get("mm_vision_select_feature", "patch")
+    new = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": text_config,
+        "vision_config": vision,
+        "image_token_index": image_token,
+        "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2 + (select != "patch"),
+        "ignore_index": -100,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default" if select == "patch" else "full",
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+        "vocab_size": rows,
+        "torch_dtype": str(embeddings.dtype).removeprefix("torch."),
+        "hacl_llava": {
+            "vocab_size": before,
+            "tokenizer_length": own,
+            "mm_vision_tower": str(config["mm_vision_tower"]),
+        },
+    }
+
+    def tensors():
+        seen = set()
+        for part in parts:
+            for name in part:
+                if _NOT_KEPT.search(name):
+                    continue
+                hf = _renamed(name, _TO_HF, part.path)
+                tensor = part[name]
+                seen.add(hf)
+                yield hf, _more_rows(tensor, rows) if name.endswith(_ROWS) else tensor
+        needed = {f"multi_modal_projector.linear_{i}.{k}" for i in (1, 2) for k in ("weight", "bias")}
+        needed |= {"language_model.model.embed_tokens.weight"}
+        if not needed <= seen:
+            raise CheckpointError(f"{source}: has no {', '.join(sorted(needed - seen))}.")
+        if not any(name.startswith("vision_tower.") for name in seen):
+            found = Weights(tower)
+            for name in found:
+                if _NOT_KEPT.search(name) or name.startswith(_NOT_VISION):
+                    continue
+                yield (
+                    "vision_tower.vision_model." + name.removeprefix("vision_model."),
+                    found[name].to(embeddings.dtype),
+                )
+
+    with _Folder(target) as folder:
+        _write(folder, tensors())
+        _save_json(folder / "config.json", new)
+        generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        _save_json(folder / "generation_config.json", generation | {"pad_token_id": tokenizer.pad_token_id})
+        tokenizer.chat_template = _PROMPT
+        tokenizer.save_pretrained(folder)
+        saved = _read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+        for key in ("from_slow", "is_local", "local_files_only", "backend"):
+            saved.pop(key, None)
+        _save_json(folder / "tokenizer_config.json", saved | {"processor_class": "LlavaProcessor"})
+        _copy(base or source, folder, "tokenizer.model")
+        image = _read_json(tower / "preprocessor_config.json")
+        image |= {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
+        _save_json(folder / "preprocessor_config.json", image)
+        processor = {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": vision["patch_size"]}
+        processor |= {"vision_feature_select_strategy": new["vision_feature_select_strategy"]}
+        _save_json(folder / "processor_config.json", processor | {"num_additional_image_tokens": 1})
+        _save_json(folder / "chat_template.json", {"chat_template": _PROMPT})
+
+
+def import_from_hf(source, target, vision_tower=None):
+    """Write a ``LlavaForConditionalGeneration`` checkpoint as LLaVA's own format, as stock LLaVA loads it.
+
+    Rows that were added for ``<image>`` and padding are left out, so that LLaVA -> Hugging Face -> LLaVA gives the same
+    bits.
+
+    Args:
+        source: folder with config.json and weights. target: folder to write; it must not exist yet.
+        vision_tower: folder or hub id that config.json is to name; None: the one it was exported with, or else the
+            tower's weights are written to ``target/vision_tower``.
+    """
+    source, target = Path(source), Path(target)
+    config = _read_json(source / "config.json")
+    if "LlavaForConditionalGeneration" not in config.get("architectures", ()):
+        raise CheckpointError(
+            f"{source}/config.json: has the architectures {config.get('architectures')}, expected "
+            "LlavaForConditionalGeneration."
+        )
+    kept, text, vision = config.get("hacl_llava", {}), config["text_config"], config["vision_config"]
+    rows = kept.get("vocab_size", config.get("image_token_index", config.get("image_token_id")))
+    tower = vision_tower or kept.get("mm_vision_tower")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    kind = text.get("model_type", "llama")
+    new = {k: v for k, v in text.items() if k not in ("model_type", "architectures", "pad_token_id")} | {
+        "architectures": ["LlavaMistralForCausalLM" if kind == "mistral" else "LlavaLlamaForCausalLM"],
+        "model_type": "llava_mistral" if kind == "mistral" else "llava_llama",
+        "vocab_size": rows,
+        "mm_vision_tower": str(tower or (target / "vision_tower").absolute()),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": vision["hidden_size"],
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": "patch" if strategy == "default" else "cls_patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+    }
+    weights = Weights(source)
+    names = {n: _renamed(n, _TO_LLAVA, source) for n in weights if not _NOT_KEPT.search(n)}
+    with _Folder(target) as folder:
+        language = ((new_name, weights[n]) for n, new_name in names.items() if not new_name.startswith("vision_tower."))
+        _write(folder, ((n, t[:rows] if n.endswith(_ROWS) else t) for n, t in language))
+        _save_json(folder / "config.json", new)
+        if (source / "generation_config.json").exists():
+            generation = _read_json(source / "generation_config.json")
+            _save_json(folder / "generation_config.json", generation | {"pad_token_id": 0})
+        _copy(source, folder, "tokenizer.model")
+        special = {k: {"content": v, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+                   for k, v in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}  # fmt: skip
+        old = _read_json(source / "tokenizer_config.json")
+        tokenizer = {"tokenizer_class": "LlamaTokenizer", "legacy": old.get("legacy", False), "padding_side": "right"}
+        tokenizer |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        tokenizer |= {k: {**v, "__type": "AddedToken"} for k, v in special.items()}
+        tokenizer |= {"model_max_length": old.get("model_max_length", 2048), "sp_model_kwargs": {}}
+        _save_json(folder / "tokenizer_config.json", tokenizer)
+        _save_json(folder / "special_tokens_map.json", special | {"pad_token": "<unk>"})
+        if tower is None:
+            (folder / "vision_tower").mkdir()
+            found = ((new_name, weights[n]) for n, new_name in names.items() if new_name.startswith("vision_tower."))
+            _write(folder / "vision_tower", ((n.removeprefix("vision_tower."), t) for n, t in found))
+            _save_json(folder / "vision_tower/config.json", vision | {"architectures": ["CLIPVisionModel"]})
+            _copy(source, folder / "vision_tower", "preprocessor_config.json")
+
+
+def _save_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy(source, folder, name):
+    if not (Path(source) / name).exists():
+        raise CheckpointError(f"{source}: has no {name}, which LLaVA's tools read.")
+    shutil.copyfile(Path(source) / name, folder / name)
