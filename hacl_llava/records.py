@@ -136,7 +136,8 @@ def _stream(path, file):
         while True:
             try:
                 value, end = decode(text, at)
-                if end == len(text) and not done and not isinstance(value, (dict, list, str)):
+                whole = isinstance(value, (dict, list, str)) or text[end : end + 1] in (",", "]", " ", "\t", "\r", "\n")
+                if not whole and not done:  # of "0.5" only "0." may have been read
                     raise json.JSONDecodeError("may go on", text, end)
                 break
             except json.JSONDecodeError as error:

@@ -49,6 +49,14 @@ def test_an_array_is_read_as_json_reads_it(tmp_path_factory, values, indent, asc
     assert [json.loads(t) for t, _ in found] == json.loads(data)
 
 
+def test_a_number_that_is_cut_anywhere(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("[0.5, -1e-3, 12, true, null]")
+    for chunk in range(1, 30):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        assert [v for _, v in stream_records(path)] == [0.5, -1e-3, 12, True, None]
+
+
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n"])
 def test_json_lines_and_a_byte_order_mark(tmp_path, ending):
     lines = [json.dumps(record(i)) for i in range(5)]
