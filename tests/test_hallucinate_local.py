@@ -90,7 +90,7 @@ def test_a_local_model_answers_in_batches_and_the_checks_hold(learned, tmp_path,
 
 def test_an_untrained_model_is_reported_not_believed(mini, tmp_path, capsys):
     source, out = tmp_path / "in.json", tmp_path / "out.json"
-    source.write_text(json.dumps([record(0, "a dog on a bed"), record(1, "a cat")]))
+    source.write_text(json.dumps([record(0, "a dog on a bed"), record(1, "a cat near the red table")]))
     arguments = ["hallucinate", source, out, "--source", "local", "--local-model", mini.llm, "--max-output-tokens", "8"]
     assert main([str(a) for a in arguments]) == 0
     said = capsys.readouterr().out

@@ -13,6 +13,7 @@ from collections import Counter
 from .lexicon import FUNCTION, NEGATIONS, NUMBER, PREPOSITIONS, TOKEN, lexicon
 
 RATIO = (0.7, 1.4)  # of the number of tokens
+KEPT = 0.3  # of the caption's different words: a text with fewer is no version of it
 
 # Where things are to each other. Two words of one line say the same.
 _RELATIONS = {
@@ -66,6 +67,11 @@ def normal(text):
     """The text without case, punctuation and variants of the same letter: what a difference is measured against."""
     text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_WORDS.findall(text))
+
+
+def _pieces(key):
+    """The words of a `normal` text; ideographs one by one."""
+    return key.split() if key.isascii() else TOKEN.findall(key)
 
 
 def length(text):
@@ -208,7 +214,7 @@ class Checker:
 
         Returns:
             One of "empty", "chatter", "same as the caption", "duplicate", "caption of the same image",
-            "length ratio", "paraphrase", "true of another caption", "entailed"; None: it may be taken.
+            "length ratio", "unrelated", "paraphrase", "true of another caption", "entailed"; None: it may be taken.
         """
         text = candidate.strip()
         key = normal(text)
@@ -227,6 +233,9 @@ class Checker:
         now = Meaning(text)
         if not self.ratio[0] <= now.length / max(said.length, 1) <= self.ratio[1]:
             return "length ratio"
+        kept = set(_pieces(caption))
+        if len(kept) > 3 and len(kept & set(_pieces(key))) < KEPT * len(kept):
+            return "unrelated"
         new = self._says_new(said, now)
         if new is None:
             return "paraphrase"
