@@ -163,6 +163,9 @@ def main(argv=None):
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        return 130
     except (HaclError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ release, ``"Hallucination caption"``, is read too. The caption is the first answ
 import gzip
 import json
 import os
+import zlib
 
 from .config import HaclError
 
@@ -88,6 +89,8 @@ def stream_records(path):
     Raises:
         DataError: the file is missing, is no json or is cut off; the message says after which record.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path}: is no regular file; it is read more than once, so save it first.")
     try:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -95,7 +98,7 @@ def stream_records(path):
             yield from _stream(path, file)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8.") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip file is damaged or cut off ({error}).") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); give a LLaVA-format json.") from None
@@ -151,6 +154,8 @@ def _stream(path, file):
                 more = file.read(max(_CHUNK, len(text) - at))
                 done = not more
                 text, at = text[at:] + more, 0
+            except ValueError as error:  # an integer of thousands of digits
+                raise DataError(f"{path}: record {count} is not usable json ({error}).") from None
             except RecursionError:
                 raise DataError(f"{path}: record {count} is nested too deeply.") from None
         yield text[at:end], value
@@ -192,11 +197,12 @@ def write_records(path, texts):
         OSError: what the disk says; what was there before is untouched.
     """
     path = os.fspath(path)
-    lines = path.removesuffix(".gz").endswith(".jsonl")
+    name = path.lower()
+    lines = name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
     part = f"{path}.part"
     try:
         with open(part, "wb") as raw:
-            packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.endswith(".gz") else raw
+            packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if name.endswith(".gz") else raw
             separator = b"" if lines else b"[\n"
             for text in texts:
                 if lines and "\n" in text:

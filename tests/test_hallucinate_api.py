@@ -178,8 +178,35 @@ def test_parse_reads_plain_lines_of_models_that_know_no_json(text):
             parse(other, ITEM)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"hallucinated_caption": "A cat."}', '{"hallucinated_captions": ["A cat."]}', '{"caption": "A cat."}',
+        '{"captions": "A cat."}', '{"captions": [{"caption": "A cat."}]}', '{"kind": "location", "caption": "A cat."}',
+        '{"captions": {"kind": "location", "caption": "A cat."}}', "Hallucinated caption: A cat.", '"A cat."',
+        '{"captions": [{"kind": "object location", "caption": "A cat."}]}', "Here is the rewritten caption:\n\nA cat.",
+        '{"captions": [{"kind": "no such kind", "caption": "A cat."}]}',
+    ],
+)  # fmt: skip
+def test_parse_reads_the_forms_that_models_make_up(text):
+    assert parse(text, Item(0, "", "A dog.", wanted=("location",))) == [("location", "A cat.")]
+
+
+def test_answers_that_nobody_can_read_end_the_run():
+    texts = captions(60)
+    with OpenAIServer(dict.fromkeys(texts, "schema")) as server:
+        asked = source(server, attempts=2, concurrency=4)
+        found = []
+        with pytest.raises(HaclError, match="2. records in a row got no usable answer, the last was .*text"):
+            for answer in asked.answers(items(texts)):
+                found.append(answer)
+        assert len(server.log) < 70
+    with OpenAIServer(dict.fromkeys(texts[::2], "schema")) as server:  # control: now and then is no reason to end
+        assert len(list(source(server, attempts=1).answers(items(texts)))) == 60
+
+
 def test_parse_leaves_out_what_is_of_no_use():
-    entries = ["", "\x00", "\ud800", 3, None, {"kind": "existence"}, {"kind": "color", "caption": "x"}]
+    entries = ["", "\x00", "\ud800", 3, None, {"kind": "existence"}, {"kind": "existence", "text": "x"}]
     with pytest.raises(ValueError, match="another form"):
         parse(json.dumps(entries), ITEM)
     assert parse(json.dumps([*entries, "good"]), ITEM) == [("quantity", "good")]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hacl_llava.config import HaclError
 from hacl_llava.hallucinate import KINDS, Item
 from hacl_llava.hallucinate.checks import Checker, Meaning, length, normal
 from hacl_llava.hallucinate.lexicon import article, lexicon, plural, singulars
@@ -179,6 +180,28 @@ def test_numbers_agree_with_noun_and_verb():
         assert re.search(r"men are walking", text) and re.search(r"dogs", text)
 
 
+def test_all_verbs_of_the_subject_agree_and_nouns_are_no_verbs():
+    texts = all_of("A woman smiles and waves at the crowd", "quantity")
+    assert any(t.endswith(" women smile and wave at the crowd") for t in texts)
+    assert not any("waves" in t and "women" in t for t in texts)
+    for text in all_of("A man on a pair of skis with a thumbs up", "quantity"):
+        assert "pair of skis" in text or "men" not in text
+        assert "thumbs up" in text
+
+
+@pytest.mark.parametrize("caption", ["There are no cars on the long empty road", "A boy without a shirt and a hat"])
+def test_what_is_denied_is_left(caption):
+    for kind in KINDS:
+        for text in all_of(caption, kind, 40):
+            assert "no cars" in text or "without a shirt" in text, text
+
+
+def test_a_text_longer_than_any_caption_is_left():
+    for text in ("a " * 50_000, "dog, " * 20_000, "on top of " * 10_000):
+        answer = RulesSource().block([Item(0, "", text)])[0]
+        assert answer.reason == "too long"
+
+
 def test_gender_follows_the_pronoun():
     texts = all_of("A man is walking with his dog on the beach in the morning", "existence", 120)
     people = {t.split()[1] for t in texts if not t.startswith("A man")}
@@ -234,6 +257,11 @@ def test_what_is_not_english_is_left(text):
     assert rewrite(text) == []
     answer = RulesSource().block([Item(0, "", text)])[0]
     assert answer.captions == () and answer.reason and not answer.failed
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(HaclError, match="kind is 'colour', allowed are existence"):
+        rewrite("A red dog", "colour")
 
 
 def test_no_torch_is_loaded():
@@ -303,6 +331,15 @@ CAPTION = "A dog sits on a red couch near two windows."
         (CAPTION, "A cat.", "length ratio"),
         (CAPTION, "Xylophone bananas quickly jump over nine purple moons tonight.", "unrelated"),
         ("A dog.", "Some cats.", None),
+        (CAPTION, "A **cat** sits on a red couch near two windows.", "chatter"),
+        (CAPTION, "existence: a cat sits on a red couch near two windows", "chatter"),
+        (CAPTION, "A cat sits on a red couch near two windows (existence)", "chatter"),
+        (CAPTION, "1. A cat sits on a red couch near two windows.", "chatter"),
+        (CAPTION, "“A cat sits on a red couch near two windows.”", "chatter"),
+        (CAPTION, "A 猫 sits on a red couch near two windows.", "another language"),
+        ("A red and white bus", "A white and red bus", "paraphrase"),
+        ("A photo of a dog", "A picture of a dog", "paraphrase"),
+        ("Time 12:30 on a clock (old)", "Time 12:45 on a clock (old)", None),
         ("一只狗坐在沙发上", "三辆蓝色卡车停着", "unrelated"),
         (CAPTION, CAPTION + " And a cat sleeps on the floor of the room.", "length ratio"),
         (CAPTION, "Here is a cat that sits on a blue couch near windows.", "chatter"),

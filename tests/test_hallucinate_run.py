@@ -189,6 +189,8 @@ def test_a_limit_and_then_the_rest(tmp_path):
     assert sum("hallucinated_captions" in r for r in first) == 100
     assert hallucinate(COCO, out) == 0
     assert load(out)[:100] == first[:100] and all("hallucinated_captions" in r for r in load(out))
+    assert hallucinate(COCO, tmp_path / "whole.json") == 0
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 @pytest.mark.parametrize("change, named", [(["--seed", 1], "seed"), (["--per-caption", 2], "per_caption")])
@@ -206,7 +208,47 @@ def test_another_input_is_refused(tmp_path, small, capsys):
     out = tmp_path / "out.json"
     assert hallucinate(small, out) == 0
     write(small, [record(0, "A cat on a chair")])
-    assert hallucinate(small, out) == 2 and "input" in capsys.readouterr().err
+    assert hallucinate(small, out) == 2 and "the input has changed since" in capsys.readouterr().err
+
+
+def test_an_input_that_changes_under_the_run_is_noticed(tmp_path, small, capsys, monkeypatch):
+    from hacl_llava.hallucinate.run import Run
+
+    ask, out = Run.ask, tmp_path / "out.json"
+
+    def changed(self, *args):
+        found = ask(self, *args)
+        write(small, [record(i, "A cat on a chair") for i in range(3)])
+        return found
+
+    monkeypatch.setattr(Run, "ask", changed)
+    assert hallucinate(small, out) == 2
+    assert "was changed while it was being read" in capsys.readouterr().err and not out.exists()
+
+
+def test_no_file_of_the_users_is_taken_for_the_runs_own(tmp_path, small, capsys):
+    for ending in (".journal", ".part", ".batches"):
+        source = tmp_path / f"x.json{ending}"
+        source.write_bytes(small.read_bytes())
+        for more in ([], ["--restart"]):
+            assert hallucinate(source, tmp_path / "x.json", *more) == 2
+            assert "is the input itself" in capsys.readouterr().err and source.read_bytes() == small.read_bytes()
+        source.unlink()
+    notes = tmp_path / "q.json.journal"
+    notes.write_text("precious notes\n")
+    assert hallucinate(small, tmp_path / "q.json", "--restart") == 2
+    assert "is no journal of this command" in capsys.readouterr().err and notes.read_text() == "precious notes\n"
+
+
+def test_a_damaged_line_of_the_journal_costs_one_answer(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert hallucinate(COCO, out) == 0
+    before, path = out.read_bytes(), tmp_path / "out.json.journal"
+    data = bytearray(path.read_bytes())
+    data[9000:9020] = b"\0" * 20
+    path.write_bytes(data)
+    assert hallucinate(COCO, out) == 0
+    assert "lines are damaged" in capsys.readouterr().err and out.read_bytes() == before
 
 
 def test_two_at_a_time_are_refused(tmp_path, small, capsys):
@@ -377,6 +419,36 @@ def test_a_full_disk(tmp_path):
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_words(tmp_path):
+    source, out = tmp_path / "in.json", tmp_path / "out.json"
+    captions = [r["conversations"][1]["value"] for r in load(COCO)]
+    write(source, [record(i, captions[i % len(captions)]) for i in range(30_000)])
+    process = subprocess.Popen([*COMMAND, source, out, "--workers", "2"], stdout=-3, stderr=subprocess.PIPE, text=True)
+    children, until = [], time.monotonic() + 30
+    while time.monotonic() < until and not children:
+        time.sleep(0.05)
+        path = tmp_path / "out.json.journal"
+        if path.exists() and path.stat().st_size > 20_000:  # at work
+            tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+            children = [int(c) for t in tasks for c in t.read_text().split()]
+    workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    assert "a worker process was killed" in process.communicate(timeout=60)[1] and process.returncode == 2
+    assert not out.exists() and hallucinate(source, out, "--workers", 1) == 0
+    assert all(len(r["hallucinated_captions"]) == 1 for r in load(out))
+
+
+def test_interrupted_while_reading_or_writing(tmp_path, small, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for place in ("Survey.__init__", "Run.assemble"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hacl_llava.hallucinate.run.{place}", interrupted)
+            assert hallucinate(small, tmp_path / "out.json") == 130
+    assert hallucinate(small, tmp_path / "out.json") == 0
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, small, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 
 import pytest
@@ -96,8 +97,19 @@ def test_what_is_no_json_says_where(tmp_path, text, message):
 def test_other_unreadable_files(tmp_path):
     with pytest.raises(DataError, match="nowhere.json: cannot be read .No such file"):
         list(stream_records(tmp_path / "nowhere.json"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is no regular file"):
         list(stream_records(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is no regular file; .*save it first"):
+        list(stream_records(tmp_path / "pipe"))
+    (tmp_path / "long.json").write_text('[{"a": ' + "1" * 5000 + "}]")
+    with pytest.raises(DataError, match="record 0 is not usable json"):
+        list(stream_records(tmp_path / "long.json"))
+    packed = bytearray(gzip.compress(json.dumps([record(i, str(random.random())) for i in range(500)]).encode()))
+    packed[len(packed) // 2 : len(packed) // 2 + 40] = b"\xff" * 40
+    (tmp_path / "bits.json.gz").write_bytes(packed)
+    with pytest.raises(DataError, match="damaged or cut off"):
+        list(stream_records(tmp_path / "bits.json.gz"))
     path = tmp_path / "latin.json"
     path.write_bytes('[{"a": "café"}]'.encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):

@@ -79,7 +79,7 @@ class _Trouble(NamedTuple):
 class _Endpoint:
     """What both sources share: settings, request bodies, the reading of responses and errors, and the bill."""
 
-    whole_blocks = False
+    whole_blocks, _sample = False, ""
 
     def __init__(
         self, *, model, checker, prompt=None, base_url=None, key_env="OPENAI_API_KEY", temperature=1.0,
@@ -190,7 +190,10 @@ class _Endpoint:
         choice = response["choices"][0] if response["choices"] else None
         choice = choice if isinstance(choice, dict) else {}
         message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
-        text = message.get("content") if isinstance(message.get("content"), str) else ""
+        text = message.get("content")
+        if isinstance(text, list):  # of parts
+            text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+        text = text if isinstance(text, str) else ""
         try:
             usage = response["usage"]
             usage = Counter(input=int(usage["prompt_tokens"]), output=int(usage["completion_tokens"]))
@@ -205,6 +208,7 @@ class _Endpoint:
             return True
         if work.read(text, self.checker):
             return True
+        self._sample = text if work.unread else self._sample
         if work.unread and finish == "length":
             work.reason += f" (the answer stopped at {self._limit(work)} tokens; max_output_tokens allows more)"
             work.cut += 1
@@ -313,7 +317,7 @@ class ApiSource(_Endpoint):
             )
         self.concurrency, self._interval = concurrency, 60 / (requests_per_minute or float("inf"))
         self._turn = 0.0  # loop time at which the next request may start
-        self._fatal = None
+        self._fatal, self._unread = None, 0
 
     def answers(self, items):
         """Yields an `Answer` for each of ``items``, which are taken as needed.
@@ -351,6 +355,8 @@ class ApiSource(_Endpoint):
                         self._row += 1
                     elif answer and not answer.failed:
                         self._row = 0
+                        unread = not answer.captions and (answer.reason or "").startswith("no usable answer")
+                        self._unread = self._unread + 1 if unread else 0
                     if answer:
                         yield answer
                 self._judge(last, tasks)
@@ -383,6 +389,13 @@ class ApiSource(_Endpoint):
                     f"{self.url} cannot be reached: {trouble.reason}; check base_url, and that the server runs."
                     if trouble.unreachable
                     else f"{self.url} accepts no request ({trouble.reason}); change the setting that it names."
+                )
+            )
+        elif self._unread >= FAILED_IN_A_ROW:
+            self._end(
+                HaclError(
+                    f"{self.url}: {self._unread} records in a row got no usable answer, the last was "
+                    f"{self._clean(self._sample)!r}; see to the model, --prompt-file or --response-format."
                 )
             )
         elif self._row >= FAILED_IN_A_ROW:

@@ -63,6 +63,12 @@ _CHATTER = re.compile(
 )
 
 
+# Marks of layout, labels and comments, which a caption brings along or does not have; quotes and numbers around it all.
+_MARKS = frozenset("*_#<>[]{}|\\`~^=:")
+_WRAPPED = re.compile(r"^\s*(?:\d+[.)]\s|[-•]\s)|^[\"“‘'].*[\"”’']$|\([^()]*\)$")
+_OTHER_SCRIPT = re.compile(r"[\u0370-\u1dff\u2c00-\u2dff\u2e80-\ua7ff\uab30-\ufaff]")  # no Latin letters
+
+
 def normal(text):
     """The text without case, punctuation and variants of the same letter: what a difference is measured against."""
     text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
@@ -213,7 +219,7 @@ class Checker:
             item: the `Item`. candidate: the text. taken: texts already taken for this item.
 
         Returns:
-            One of "empty", "chatter", "same as the caption", "duplicate", "caption of the same image",
+            "empty", "chatter", "another language", "same as the caption", "duplicate", "caption of the same image",
             "length ratio", "unrelated", "paraphrase", "true of another caption", "entailed"; None: it may be taken.
         """
         text = candidate.strip()
@@ -226,6 +232,10 @@ class Checker:
         chatter = _CHATTER.search(text)
         if chatter and not _CHATTER.search(item.caption):
             return "chatter"
+        if set(text) & _MARKS - set(item.caption) or _WRAPPED.search(text) and not _WRAPPED.search(item.caption):
+            return "chatter"
+        if _OTHER_SCRIPT.search(text) and not _OTHER_SCRIPT.search(item.caption):
+            return "another language"
         if any(key == normal(t) for t in taken):
             return "duplicate"
         if any(key == normal(o) for o in item.others):
@@ -271,7 +281,8 @@ class Checker:
             before, after = said.directed(), now.directed()
             if any((b, a) in before and (a, b) not in before for a, b in after):
                 return set()
-            if any(a in words.attributes and b[0] != "." for a, b in now.pairs() - said.pairs()):
+            bound = [(a, b) for a, b in now.pairs() - said.pairs() if a in words.attributes and b[0] != "."]
+            if len(bound) > 1:  # one alone: "red and white", "white and red"
                 return set()
         return None
 

@@ -98,6 +98,10 @@ class Prompt:
         return hashlib.sha256(json.dumps(self.messages(sample, ["a text"])).encode()).hexdigest()[:16]
 
 
+# A line of an answer without what is put around it: "1. A cat.", '- "A cat."', "Hallucinated caption: A cat."
+_PLAIN = re.compile(r'^\s*(?:\d+[.)]|[-*•](?!\*))?\s*(?:[\w ]{0,30}caption\s*:)?\s*"?(.*?)"?\s*$', re.IGNORECASE)
+
+
 def parse(text, item):
     """The (kind, caption) pairs in a model's answer to ``item``, white space made single.
 
@@ -111,9 +115,11 @@ def parse(text, item):
     text = text.rsplit("</think>", 1)[-1].rstrip()
     values, at, reason = [], 0, "it holds no JSON" if text else "it is empty"
     lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) == len(item.wanted) + 1 and lines[0].rstrip().endswith(":"):
+        lines = lines[1:]  # "Here it is:"
     if lines and len(lines) == len(item.wanted) and not re.search(r"[\[{<`]", text):
         # "1. A cat." and '- "A cat."' are a cat; what is chatter is for the checks to say
-        if found := _entries([re.sub(r'^\s*(?:\d+[.)]|[-*•])?\s*"?(.*?)"?\s*$', r"\1", line) for line in lines], item):
+        if found := _entries([_PLAIN.sub(r"\1", line) for line in lines], item):
             return found
     decoder = json.JSONDecoder(strict=False)
     while match := re.compile(r"[\[{]").search(text, at):
@@ -138,15 +144,18 @@ def parse(text, item):
 
 def _entries(value, item):
     """The usable entries of a decoded answer, or []."""
-    value = value.get("captions") if isinstance(value, dict) else value
+    if isinstance(value, dict) and "kind" not in value:
+        value = next((v for k, v in value.items() if "caption" in k.lower()), None)
     wanted, found = item.wanted or KINDS, []
-    for position, entry in enumerate(value if isinstance(value, list) else ()):
+    for position, entry in enumerate(value if isinstance(value, list) else [value]):
         kind = wanted[min(position, len(wanted) - 1)]
         if isinstance(entry, dict):
-            kind, entry = str(entry.get("kind")).strip().lower(), entry.get("caption")
+            said = str(entry.get("kind")).lower()
+            kind = next((k for k in KINDS if k in said), kind)  # "object existence"
+            entry = next((v for k, v in entry.items() if "caption" in k.lower()), None)
         caption = " ".join(entry.split()) if isinstance(entry, str) else ""
         # Control characters and half surrogate pairs cannot be written or tokenized as text.
-        if caption and kind in KINDS and not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", caption):
+        if caption and not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", caption):
             found.append((kind, caption))
     return found
 

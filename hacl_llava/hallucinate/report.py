@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 from collections import Counter
 
@@ -82,7 +83,7 @@ def measure(run):
 
 
 def _cell(text):
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"([\\`*_|\[\]$!])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
 def _table(head, rows):

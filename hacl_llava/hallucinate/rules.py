@@ -11,18 +11,23 @@ A caption is tokenised, its nouns are found, and each kind of hallucination is a
 English only. Everything outside the changed words stays as it was.
 """
 
+import collections
 import gc
 import hashlib
 import itertools
 import multiprocessing
 import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
+from ..config import HaclError
 from . import KINDS, Answer, Item
 from .checks import RATIO, Checker, length
 from .lexicon import (
     DETERMINERS,
     FUNCTION,
+    NEGATIONS,
     NUMBER,
     PEOPLE,
     PLURAL_ONLY,
@@ -35,6 +40,7 @@ from .lexicon import (
 )
 
 BLOCK = 256  # records over which the kinds are balanced
+LONGEST = 10_000  # characters of a caption; LLaVA's context is shorter
 CHARACTERS = (0.7, 1.4)  # length in characters, beside the checker's ratio in words; given up if nothing else is left
 
 _GENDER = {
@@ -270,6 +276,10 @@ class _Text:
         if before in DETERMINERS or before in PREPOSITIONS or before in NUMBER:
             return True
         if before in ("and", "or", ","):
+            earlier = self.at(i - 2)
+            if noun.plural and earlier and earlier.endswith("s") and earlier[:-1] in self.lexicon.verbs:
+                if not self.nouns or self.nouns[-1].end != i - 1:
+                    return False  # "smiles and waves"
             return not noun.plural or after is None or after in FUNCTION
         if before in self.lexicon.attributes or before in self.lexicon.adjectives and before not in self.lexicon.verbs:
             return True
@@ -307,6 +317,10 @@ class _Text:
                 or word in words.nouns
             )
         return bool(places) and known >= (0.5 if common else 0.8) * len(places)
+
+    def denied(self, i):
+        """Whether a "no", "not" or "without" stands shortly before token i."""
+        return not NEGATIONS.isdisjoint(self.low[max(0, i - 4) : i])
 
     def room(self):
         """Words that may be added."""
@@ -361,6 +375,8 @@ class Rules:
         for found in text.nouns:
             group = found.noun.group
             counted = text.at(found.end) == "of" and (found.noun.lemma in _GROUPS_OF or group.name == "unit")
+            if text.denied(found.start):
+                continue  # "no dog" in place of "no cat" is true
             if found.head and not counted and not group.place and (group.words or group.other):
                 sites.append((3 if group.name in PEOPLE else 4, partial(self._swap, text, found)))
         if text.size >= 7:
@@ -452,12 +468,13 @@ class Rules:
                 continue
             for n in (3, 2, 1):
                 found = words.get(" ".join(low[i : i + n])) if i + n <= text.size else None
-                if found and self._is_attribute(text, i, i + n, found[0]):
+                if found and not text.denied(i) and self._is_attribute(text, i, i + n, found[0]):
                     sites.append((4, partial(self._exchange, text, i, i + n, found)))
                     end = i + n
                     break
         for found in text.nouns:
-            if found.head and found.noun.group.name in _COLOURED and text.at(found.start - 1) in _TAKES_ADJECTIVE:
+            coloured = found.noun.group.name in _COLOURED and not text.denied(found.start)
+            if found.head and coloured and text.at(found.start - 1) in _TAKES_ADJECTIVE:
                 sites.append((1, partial(self._colour, text, found)))
         return sites
 
@@ -537,7 +554,7 @@ class Rules:
         sites = []
         for found in text.nouns:
             counted = text.at(found.end) == "of" and found.noun.lemma in _GROUPS_OF  # as what follows is counted
-            if not found.head or found.noun.group.place or counted:
+            if not found.head or found.noun.group.place or counted or text.denied(found.start):
                 continue
             group, first = found.noun.group, found.start
             if "mass" in group.flags or "part" in group.flags and group.name != "unit":
@@ -595,22 +612,32 @@ class Rules:
         )
 
     def _agree(self, text, i):
-        """Edits that make the verb of a subject that ends before token i plural, or None if it cannot be told."""
+        """Edits that make the verbs of a subject that ends before token i plural, or None if it cannot be told."""
+        edits = []
         for k in range(i, text.size):
-            word = text.low[k]
+            word, before = text.low[k], text.low[k - 1]
+            if edits and before != "and":
+                continue
+            if word in _CLAUSE_ENDS:
+                return None if k == i and word in ("that", "which", "who") else edits
             if word in _SINGULAR_VERBS:
-                return [text.put(k, k + 1, _SINGULAR_VERBS[word])]
-            if word in _CLAUSE_ENDS and not (word == "that" and k == i):
-                return None if k == i and word in ("which", "who") else []
-            if word.endswith("s") and k not in text.inside and word not in FUNCTION:
-                for base in (
-                    word[:-3] + "y" if word.endswith("ies") else "",
-                    word[:-2] if word.endswith("es") else "",
-                    word[:-1],
-                ):
-                    if base in self.lexicon.verbs:
-                        return [text.put(k, k + 1, base)]
-        return []
+                if before in PRONOUNS - {"that", "which", "who"}:
+                    return edits
+                edits.append(text.put(k, k + 1, _SINGULAR_VERBS[word]))
+            elif word.endswith("s") and k not in text.inside and word not in FUNCTION:
+                # a verb follows its subject, an adverb or another verb; "a pair of skis", "a thumbs up" do not
+                if k > i and k - 1 not in text.inside and not before.endswith("ly") and before not in ("that", "and"):
+                    continue
+                base = self._plural_verb(word)
+                if base:
+                    edits.append(text.put(k, k + 1, base))
+        return edits
+
+    def _plural_verb(self, word):
+        """ "sits" -> "sit"; None if it is no verb."""
+        bases = [word[:-3] + "y"] if word.endswith("ies") else []
+        bases += [word[:-2]] if word.endswith("es") else []
+        return next((base for base in (*bases, word[:-1]) if base in self.lexicon.verbs), None)
 
     def _other_number(self, text, i, dice):
         word, value = text.low[i], NUMBER[text.low[i]]
@@ -786,8 +813,23 @@ class RulesSource:
             finally:
                 gc.unfreeze()
             return
-        with multiprocessing.get_context("spawn").Pool(self.workers, initializer=_start_worker) as pool:
-            yield from itertools.chain.from_iterable(pool.imap(self.block, _blocks(items)))
+        context, waiting = multiprocessing.get_context("spawn"), collections.deque()
+        pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker)
+        try:
+            blocks = _blocks(items)
+            while True:
+                for block in itertools.islice(blocks, 2 * self.workers - len(waiting)):
+                    waiting.append(pool.submit(self.block, block))
+                if not waiting:
+                    break
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise HaclError(
+                "a worker process was killed (out of memory, perhaps); the answers so far are safe: give the same "
+                "command again, with fewer --workers."
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def __getstate__(self):
         return self.__dict__ | {"_rules": None}
@@ -798,7 +840,7 @@ class RulesSource:
             self._rules = Rules(self.seed, self.checker)
         rules, work = self._rules, []
         for item in items:
-            text = _Text(item.caption, item.others)
+            text = _Text(item.caption if len(item.caption) <= LONGEST else "", item.others)
             english = text.is_english()
             sites = rules.sites(text) if english else {}
             kinds = [k for k in KINDS if self.types.get(k) and sites.get(k)]
@@ -827,7 +869,9 @@ class RulesSource:
     def _answer(item, text, sites, kinds, dice, taken, rejected, english):
         reason = None
         if len(taken) < len(item.wanted):
-            if not english:
+            if len(item.caption) > LONGEST:
+                reason = "too long"
+            elif not english:
                 reason = "not English"
             elif not kinds:
                 reason = "nothing in it to rewrite"
@@ -867,6 +911,8 @@ def rewrite(caption, kind=None, seed=0, count=1):
     Returns:
         A list of (kind, text).
     """
+    if kind not in (None, *KINDS):
+        raise HaclError(f"kind is {kind!r}, allowed are {', '.join(KINDS)} or None for any.")
     types = {kind: 1.0} if kind else None
     item = Item(0, "caption", caption, (), (kind or KINDS[0],) * count)
     return list(RulesSource(types, seed).block([item])[0].captions)

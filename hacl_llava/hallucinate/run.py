@@ -128,18 +128,16 @@ class Journal:
         except OSError:
             self.file.close()
             raise HaclError(f"{path}: another run is writing it; wait for it, or choose another output.") from None
-        if restart:
-            self.file.truncate(0)
         self.done = bytearray(records)  # 1: answered, 2: to be asked again
         self.places = array.array("q", [-1]) * records
         self.usage = {}  # {source: tokens it was paid for}
         try:
-            self._load(header)
+            self._load(header, restart)
         except BaseException:
             self.file.close()
             raise
 
-    def _load(self, header):
+    def _load(self, header, restart):
         self.file.seek(0)
         line = self.file.readline()
         if not line.endswith(b"\n"):  # new, or killed within its first line
@@ -150,17 +148,25 @@ class Journal:
             found = json.loads(line)
             assert found["format"] == header["format"]
         except (ValueError, KeyError, TypeError, AssertionError):
-            self.file.close()
             raise HaclError(f"{self.path}: is no journal of this command; move it away.") from None
+        if restart:
+            self.file.truncate(0)
+            self._append(header)
+            return
+        if found.get("input") != header["input"]:
+            raise HaclError(
+                f"{self.path}: the input has changed since that run began; --restart throws its answers away, another "
+                "output begins anew."
+            )
         for key in header:
-            if found.get(key) != header[key]:
-                self.file.close()
+            if found.get(key) != header[key] and key != "input_name":
                 raise HaclError(
                     f"{self.path}: the run begun there had {_say(key, found.get(key))}, this one has "
                     f"{_say(key, header[key])}. Give the settings of then to go on, another output to begin anew, "
                     "or --restart to throw its answers away."
                 )
         end = place = self.file.tell()
+        damaged = []
         for line in self.file:
             place, end = end, end + len(line)
             if not line.endswith(b"\n"):
@@ -173,7 +179,13 @@ class Journal:
                 self.places[index] = place
                 self._count(entry["source"], entry.get("usage", {}))
             except (ValueError, KeyError, IndexError, TypeError):
-                raise HaclError(f"{self.path}: damaged at byte {place}; --restart throws its answers away.") from None
+                damaged.append(place)
+        if damaged:
+            print(
+                f"warning: {self.path}: {len(damaged)} lines are damaged, the first at byte {damaged[0]}; what they "
+                "answered is asked again.",
+                file=sys.stderr,
+            )
         self.file.truncate(end)
 
     def _count(self, source, usage):
@@ -227,7 +239,8 @@ def _say(key, value):
 
 def _bar(iterable=None, **settings):
     # in a file, a line now and then is enough
-    return tqdm(iterable, mininterval=0.5 if sys.stderr.isatty() else 60, **settings)
+    live = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(iterable, mininterval=0.5 if live else 60, disable=sys.stderr is None, **settings)
 
 
 def _shown(iterable, what, total=None):
@@ -279,9 +292,11 @@ class Run:
             raise HaclError(f"{folder}: is no folder; make it, or choose another output.")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise HaclError(f"{folder}: is not writable; choose another output.")
+        for ending in ("", ".journal", ".part", ".batches"):
+            mine = self.target + ending
+            if os.path.exists(self.source) and os.path.exists(mine) and os.path.samefile(self.source, mine):
+                raise HaclError(f"{mine}: is the input itself; choose another output.")
         if os.path.exists(self.target):
-            if os.path.exists(self.source) and os.path.samefile(self.source, self.target):
-                raise HaclError(f"{self.target}: is the input itself; choose another output.")
             if not os.path.exists(self.journal_path) and not restart:
                 raise HaclError(
                     f"{self.target}: exists, and no journal of a run is beside it; choose another output, or "
@@ -312,7 +327,7 @@ class Run:
         """The `Item` of every record that is still to be done; ``mine(index)``: whether a source has it."""
         block, done = [], self.journal.done
         for index, (_, record) in enumerate(stream_records(self.source)):
-            if self.limit is not None and index >= self.limit:
+            if self.limit is not None and index >= self.limit and not (whole_blocks and index % BLOCK):
                 break
             if block and index // BLOCK != block[0].index // BLOCK:
                 if not all(done[i.index] == 1 for i in block):
@@ -321,7 +336,10 @@ class Run:
             if index in self.survey.skip or not mine(index) or done[index] == 1 and not whole_blocks:
                 continue
             name = name_of(self.source, index, record)
-            block.append(Item(index, name, caption_of(record), self.survey.others(record), self.wanted(index)))
+            try:
+                block.append(Item(index, name, caption_of(record), self.survey.others(record), self.wanted(index)))
+            except (KeyError, TypeError, AttributeError):
+                raise self._changed() from None
             if not whole_blocks:
                 yield block.pop()
         if not all(done[i.index] == 1 for i in block):
@@ -366,7 +384,8 @@ class Run:
                 answers = source.answers(self.items(split[name], source.whole_blocks))
                 try:
                     for answer in answers:
-                        if self.journal.done[answer.index] == 1:
+                        beyond = self.limit is not None and answer.index >= self.limit
+                        if self.journal.done[answer.index] == 1 or beyond:
                             continue
                         self.journal.add(name, answer)
                         seen += 1
@@ -395,10 +414,15 @@ class Run:
         """
 
         def texts():
+            digest = hashlib.sha256()
             for index, (text, record) in enumerate(_shown(stream_records(self.source), "writing", self.survey.records)):
-                entry = self.journal.entry(index)
+                digest.update(text.encode())
+                entry = self.journal.entry(index) if index < self.survey.records else None
                 captions = [c for _, c in entry["captions"]] if entry else []
                 yield with_captions(text, record, captions) if captions else text
+
+            if digest.hexdigest()[:16] != self.survey.digest:
+                raise self._changed()
 
         try:
             write_records(self.target, texts())
@@ -407,6 +431,9 @@ class Run:
                 f"{self.target}: cannot be written ({error.strerror or error}); the answers are safe in "
                 f"{self.journal_path}. Make room and give the same command again."
             ) from None
+
+    def _changed(self):
+        return HaclError(f"{self.source}: was changed while it was being read; nothing was written.")
 
     def entries(self):
         """(index, journal entry or None) of every record, in order."""
