@@ -43,26 +43,26 @@ class Weights:
 
     def __init__(self, path):
         self.path = Path(path)
-        self._where, self._open = {}, (None, None)
-        for file in self._files():
-            for name in self._names(file):
-                self._where[name] = file
+        self._open = (None, None)  # the one file that is held
+        self._where = dict(sorted(self._find().items(), key=lambda found: found[1]))  # shard by shard
 
-    def _files(self):
+    def _find(self):
+        """{name: file}; an index says it without a shard being opened."""
         if self.path.is_file():
-            return [self.path]
+            return dict.fromkeys(self._load(self.path).keys(), self.path)
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             if (self.path / index).exists():
-                shards = sorted(set(_read_json(self.path / index).get("weight_map", {}).values()))
+                names = _read_json(self.path / index).get("weight_map", {})
+                shards = sorted(set(names.values()))
                 missing = [s for s in shards if not (self.path / s).exists()]
                 if missing or not shards:
                     raise CheckpointError(
                         f"{self.path / index}: names {', '.join(missing) or 'no shards'}, not there; copy them all."
                     )
-                return [self.path / s for s in shards]
+                return {name: self.path / shard for name, shard in names.items()}
         for single in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
             if (self.path / single).exists():
-                return [self.path / single]
+                return dict.fromkeys(self._load(self.path / single).keys(), self.path / single)
         raise CheckpointError(
             f"{self.path}: holds no weights (model.safetensors, pytorch_model.bin, or shards of them)."
         )
@@ -79,10 +79,6 @@ class Weights:
                 code = "; it may hold code, which is not run" if "weights_only" in str(error).lower() else ""
                 raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}: {first}){code}.") from None
         return self._open[1]
-
-    def _names(self, file):
-        found = self._load(file)
-        return list(found.keys())
 
     def __contains__(self, name):
         return name in self._where

@@ -322,6 +322,7 @@ def test_what_cannot_be_read_or_written(tmp_path, small, capsys):
     (tmp_path / "text.json").write_text("hello")
     assert "begins with" in refused(tmp_path / "text.json", tmp_path / "out.json")
     assert "is the input itself" in refused(small, small)
+    assert "cannot be written" in refused(small, "/proc/out.json")  # where root cannot write either
     assert "is a folder" in refused(small, tmp_path)
     assert "is no folder" in refused(small, tmp_path / "no/out.json")
     mine = tmp_path / "mine.json"

@@ -47,8 +47,9 @@ def _tokens(text):
     return -(-len(text.encode("utf-8", "replace")) // 4)
 
 
-def _dollars(tokens, price):
-    return sum(tokens.get(key, 0) * dollars for key, dollars in zip(("input", "output"), price)) / 1e6
+def dollars(tokens, price):
+    """What {"input", "output"} tokens cost at ``price``, dollars per 10^6 tokens of each."""
+    return sum(tokens.get(key, 0) * rate for key, rate in zip(("input", "output"), price)) / 1e6
 
 
 def estimate(prompt, items, caption_characters, wanted, price=None):
@@ -61,7 +62,7 @@ def estimate(prompt, items, caption_characters, wanted, price=None):
     sample = Item(0, "", "x" * round(length), wanted=("existence",) * max(each, 1))
     request = json.dumps([prompt.messages(sample), FORMATS["schema"]])
     tokens = {"input": items * _tokens(request), "output": round(wanted * (20 + length / 4))}
-    return {**tokens, "dollars": price and _dollars(tokens, price)}
+    return {**tokens, "dollars": price and dollars(tokens, price)}
 
 
 class _Trouble(NamedTuple):
@@ -164,7 +165,7 @@ class _Endpoint:
         text = json.dumps(self._body(work), ensure_ascii=False)
         need = Counter(input=_tokens(text), output=self._limit(work))
         total = self.spent + self._flying + need
-        if self.max_cost is not None and _dollars(total, self.price) > self.max_cost:
+        if self.max_cost is not None and dollars(total, self.price) > self.max_cost:
             return False
         work.reserved = need
         self._flying += need
@@ -177,7 +178,7 @@ class _Endpoint:
     def _sentence(self):
         """The sentence for ``stopped``."""
         return (
-            f"stopped by the spending cap: ${_dollars(self.spent, self.price):.4f} of ${self.max_cost} is spent "
+            f"stopped by the spending cap: ${dollars(self.spent, self.price):.4f} of ${self.max_cost} is spent "
             f"({self.spent['input']} tokens of input, {self.spent['output']} of output) and one more request might "
             "pass it; to go on, run again with a higher max_cost."
         )

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 
+from ..config import HaclError
 from .lexicon import FUNCTION, NEGATIONS, NUMBER, PREPOSITIONS, TOKEN, lexicon
 
 RATIO = (0.7, 1.4)  # of the number of tokens
@@ -150,6 +151,11 @@ class Meaning:
         return found
 
 
+@functools.lru_cache(maxsize=4096)  # of true captions, which several candidates are held against
+def _meaning(caption):
+    return Meaning(caption)
+
+
 _DOING = ("posture", "motion", "verb", "riding", "handling", "eating", "reading")
 
 
@@ -205,12 +211,6 @@ class Checker:
 
     def __init__(self, ratio=RATIO, entails=None):
         self.ratio, self.entails = ratio, entails
-        self._last = (None, None, None)
-
-    def _of_caption(self, caption):
-        if self._last[0] != caption:
-            self._last = (caption, normal(caption), Meaning(caption))
-        return self._last[1:]
 
     def problem(self, item, candidate, taken=()):
         """Why ``candidate`` may not stand as a hallucinated caption of ``item``, or None if it may.
@@ -226,7 +226,7 @@ class Checker:
         key = normal(text)
         if not key:
             return "empty"
-        caption, said = self._of_caption(item.caption)
+        caption, said = normal(item.caption), _meaning(item.caption)
         if key == caption:
             return "same as the caption"
         chatter = _CHATTER.search(text)
@@ -249,7 +249,7 @@ class Checker:
         new = self._says_new(said, now)
         if new is None:
             return "paraphrase"
-        if item.others and self._supported(new, now, item.others):
+        if item.others and self._supported(new, item.others):
             return "true of another caption"
         if self.entails and self.entails([(item.caption, text)])[0]:
             return "entailed"
@@ -287,12 +287,12 @@ class Checker:
         return None
 
     @staticmethod
-    def _supported(new, now, others):
+    def _supported(new, others):
         """Whether each new word is also in another caption of the image."""
         if not new:
             return False
         words = lexicon()
-        meanings = [Meaning(o) for o in others]
+        meanings = [_meaning(o) for o in others]
         known = frozenset().union(*(m.words for m in meanings))
         marks = {n for m in meanings for n in (*m.numbers, *m.relations)}
         return all(n in marks or isinstance(n, str) and any(words.related(n, k) for k in known) for n in new)
@@ -309,8 +309,6 @@ class Entailment:
     def __init__(self, model, threshold=0.5):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        from ..config import HaclError
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model)

@@ -271,8 +271,10 @@ def main(args):
         if args.workers is None and "rules" in sources:
             args.workers = 1  # one model in one process
     with run.open() as journal:
+        from .api import dollars
+
+        cost = functools.partial(dollars, price=args.price) if args.price else None
         try:
-            cost = functools.partial(_dollars, args) if args.price else None
             stopped = run.ask(_sources(args, sources, types, checker, prompt, journal), cost)
         except KeyboardInterrupt:
             done = sum(d == 1 for d in journal.done)
@@ -284,12 +286,8 @@ def main(args):
         if args.report:
             from .report import write_report
 
-            print(f"report: {write_report(run, 'hacl-llava ' + shlex.join(_words(args)))}")
+            print(f"report: {write_report(run, found, 'hacl-llava ' + shlex.join(_words(args)))}")
     return EXIT_INCOMPLETE if found["failed"] or found["to do"] and args.limit is None else 0
-
-
-def _dollars(args, usage):
-    return (usage.get("input", 0) * args.price[0] + usage.get("output", 0) * args.price[1]) / 1e6
 
 
 def _words(args):
@@ -317,6 +315,8 @@ def _estimate(args, sources, survey, prompt):
 
 
 def _say(args, run, found, stopped):
+    from .api import dollars
+
     kinds = ", ".join(f"{k} {found['kinds'][k]}" for k in KINDS)
     print(
         f"{args.output}: {found['with hallucinated captions']} of {found['records']} records have "
@@ -327,7 +327,7 @@ def _say(args, run, found, stopped):
         shown = ", ".join(map(str, which[:5])) + (", ..." if count > 5 else "")
         print(f"  without: {count} ({reason}): record {shown}")
     for source, usage in found["usage"].items():
-        paid = f", $ {_dollars(args, usage):.2f}" if args.price and source == "api" else ""
+        paid = f", $ {dollars(usage, args.price):.2f}" if args.price and source == "api" else ""
         print(f"  spent by {source}: {usage.get('input', 0)} tokens in, {usage.get('output', 0)} out{paid}")
     for sentence in stopped:
         print(f"  stopped early: {sentence}", file=sys.stderr)

@@ -19,7 +19,7 @@ class LocalSource:
         HaclError: the model cannot be loaded.
     """
 
-    name, whole_blocks, stopped = "local", False, None
+    whole_blocks, stopped = False, None
 
     def __init__(
         self,

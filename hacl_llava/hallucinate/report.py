@@ -31,14 +31,13 @@ def _stem(target):
     return target
 
 
-def measure(run):
-    """Everything the report shows, as a dict that json can hold.
+def measure(run, summary):
+    """Everything the report shows, as a dict that json can hold; ``summary`` is the run's.
 
     ``length_ratio``: tokens of a hallucinated caption over those of its caption. ``repeated``: hallucinated captions
     whose text (but for case and punctuation) an earlier one has, ``equal_to_a_caption``: ... some caption of the input
     has; both are counted by 64-bit hashes.
     """
-    found = run.summary()
     ratios, kinds_by_source, seen, repeated, captions_seen = [], {}, set(), 0, set()
     samples, without = {kind: [] for kind in KINDS}, []
     for index, (_, record) in enumerate(stream_records(run.source)):
@@ -67,7 +66,7 @@ def measure(run):
     counts = Counter(min(max(int(r * 20), 7), 36) for r in ratios)
     low, high = run.header["length_ratio"]
     return {
-        **found,
+        **summary,
         "settings": run.header,
         "kinds_by_source": kinds_by_source,
         "length_ratio": {
@@ -174,7 +173,7 @@ def _picture(found, path):
     plt.close(figure)
 
 
-def write_report(run, command):
+def write_report(run, summary, command):
     """Write the report of a run beside its target: ``.report.md``, ``.report.json``, ``.report.png``.
 
     Returns:
@@ -183,7 +182,7 @@ def write_report(run, command):
     Raises:
         HaclError: it cannot be written.
     """
-    found, stem = measure(run), _stem(run.target) + ".report"
+    found, stem = measure(run, summary), _stem(run.target) + ".report"
     try:
         _picture(found, stem + ".png")
         for ending, text in (

@@ -12,6 +12,7 @@ English only. Everything outside the changed words stays as it was.
 """
 
 import collections
+import functools
 import gc
 import hashlib
 import itertools
@@ -29,6 +30,7 @@ from .lexicon import (
     FUNCTION,
     NEGATIONS,
     NUMBER,
+    NUMBERS,
     PEOPLE,
     PLURAL_ONLY,
     PREPOSITIONS,
@@ -216,7 +218,7 @@ class _Text:
         self.lemmas = [self.lexicon.synonym.get(f.noun.lemma, f.noun.lemma) for f in self.nouns]
         self.known = list(self.lemmas)
         for other in others:
-            self.known += [f.noun.lemma for f in _Text(other).nouns]
+            self.known += _lemmas(other)
         self.scenes = {}
         for lemma in self.lemmas:
             for scene in self.lexicon.scenes.get(lemma, ()):
@@ -351,6 +353,11 @@ class _Text:
         for start, end, new in sorted(edits, reverse=True):
             text = text[:start] + new + text[end:]
         return text
+
+
+@functools.lru_cache(maxsize=4096)  # the captions of an image are each looked at beside all its others
+def _lemmas(caption):
+    return [f.noun.lemma for f in _Text(caption).nouns]
 
 
 class Rules:
@@ -643,7 +650,7 @@ class Rules:
         word, value = text.low[i], NUMBER[text.low[i]]
         many = [n for n in range(2, 9) if abs(n - value) > (0 if value < 5 else 1) and n != value]
         new = dice.choose(many)
-        return [text.put(i, i + 1, str(new) if word[0].isdigit() else _NAMES[new])]
+        return [text.put(i, i + 1, str(new) if word[0].isdigit() else NUMBERS[0][new])]
 
     def _number(self, text, start, end, new, dice):
         """ "several dogs" -> "two dogs", "a few dogs" -> "seven dogs"."""
@@ -780,7 +787,6 @@ class Rules:
         return spare
 
 
-_NAMES = dict(enumerate("zero one two three four five six seven eight nine ten".split()))
 _TAKES_ADJECTIVE = frozenset("a an the his her their its of on in with and two three some".split())
 
 
@@ -797,7 +803,7 @@ class RulesSource:
     depends on that block alone, and the caller hands in whole blocks.
     """
 
-    name, whole_blocks, stopped = "rules", True, None
+    whole_blocks, stopped = True, None
 
     def __init__(self, types=None, seed=0, checker=None, workers=1):
         self.types = types or dict.fromkeys(KINDS, 1.0)

@@ -207,9 +207,7 @@ class Journal:
         return place
 
     def add(self, source, answer):
-        """Keep an `Answer`; the second one for a record that is done is ignored."""
-        if self.done[answer.index] == 1:
-            return
+        """Keep an `Answer` for a record that is not done."""
         entry = {"record": answer.index, "source": source, "captions": answer.captions}
         entry |= {k: v for k in ("reason", "failed", "rejected", "usage") if (v := getattr(answer, k))}
         self.places[answer.index] = self._append(entry)
