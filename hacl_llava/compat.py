@@ -5,6 +5,7 @@ Importing it makes stock `llava` work on transformers 4.37.2 to 5.x and imports 
 versions do not need it.
 """
 
+import atexit
 import functools
 import inspect
 import os
@@ -194,6 +195,30 @@ def _trainer_methods(trainer_class):
         trainer_class._save_checkpoint = _save_checkpoint
 
 
+def _close_process_groups():
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _end_in_order(trainer_class):
+    # Neither LLaVA nor the Trainer closes the process groups. Gloo's thread may then ask for the interpreter's lock, to
+    # free a tensor, in the moment in which the interpreter shuts down: the process aborts after a run that was fine
+    # (pytorch issue 190489), and the launcher reports failure. NCCL only warns. save_state is the last call on the
+    # trainer of a training that ended well; where one failed, waiting for the others could hang. Goes when torch closes
+    # them itself.
+    save_state = trainer_class.save_state
+
+    @functools.wraps(save_state)
+    def wrapped(self):
+        save_state(self)
+        atexit.unregister(_close_process_groups)
+        atexit.register(_close_process_groups)
+
+    trainer_class.save_state = wrapped
+
+
 def _import_llava():
     try:
         import llava
@@ -221,3 +246,4 @@ LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
 _forward_arguments(LlavaLlamaForCausalLM)
 _forward_arguments(LlavaMistralForCausalLM)
 _trainer_methods(LLaVATrainer)
+_end_in_order(LLaVATrainer)

@@ -1,5 +1,8 @@
 """Two processes over gloo against one on the joined batch."""
 
+import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -169,3 +172,58 @@ def test_model_under_ddp_equals_one_process(mini, settings):
         assert set(got_figures) == set(figures)
         assert all(abs(got_figures[k] - figures[k]) < 1e-5 for k in figures), (got_figures, figures)
     assert figures["retrieval_accuracy"] >= 0 and len(figures) == 6
+
+
+# --- the end of a process ---------------------------------------------------------------------------------------------
+
+ENDING = """
+import atexit, sys, time, types
+
+def last():  # gloo's thread finishes meanwhile and waits for the interpreter's lock, which it gets when it is too late
+    end = time.time() + 3
+    while time.time() < end:
+        pass
+
+atexit.register(last)
+sys.setswitchinterval(100)
+import torch, torch.distributed as dist
+from hacl_llava import compat
+
+rank, init, ends = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+
+class Slow:  # keeps the interpreter's shutdown going while the other thread wakes up
+    def __del__(self, sleep=time.sleep):
+        sleep(1)
+
+def reduce():
+    tensor = torch.ones(3)
+    tensor.note = "so that freeing it needs the interpreter"
+    time.sleep(1.5 if rank == 0 else 0)
+    return dist.all_reduce(tensor, async_op=True)
+
+work = reduce()
+if rank == 0:
+    work.wait()
+del work
+slow = Slow()
+if ends == "in order":
+    compat.LLaVATrainer.save_state(types.SimpleNamespace(is_world_process_zero=lambda: False))
+"""
+
+
+@pytest.mark.parametrize("ends", ["in order", "as stock"])
+def test_a_process_ends_without_abort(tmp_path, ends):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDING, str(rank), str(tmp_path / "rendezvous"), ends],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [p.communicate(timeout=120)[1] for p in processes]
+    codes = [p.returncode for p in processes]
+    if ends == "in order":
+        assert codes == [0, 0], errors
+    else:  # control: what a training run met now and then
+        assert codes[1] == -signal.SIGABRT and "terminate called" in errors[1]
