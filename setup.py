@@ -41,6 +41,7 @@ setup(
         "llava": [LLAVA],
         "api": ["openai>=1.56"],  # hallucinated captions from an endpoint; the oldest that was tried
         "plot": ["matplotlib>=3.7"],  # pictures of reports
+        "quantize": ["bitsandbytes>=0.43"],  # 4- and 8-bit loading, QLoRA
         "dev": [
             "pytest>=8",
             "pytest-timeout",
@@ -49,6 +50,7 @@ setup(
             "build",
             "openai>=1.56",
             "matplotlib>=3.7",
+            "bitsandbytes>=0.43",
         ],
     },
     entry_points={"console_scripts": ["hacl-llava=hacl_llava.cli:main"]},

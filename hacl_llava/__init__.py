@@ -15,6 +15,7 @@ _LAZY = {
     "HaclLlavaLlamaForCausalLM": "modeling",
     "HaclLlavaMistralForCausalLM": "modeling",
     "HaclTrainer": "trainer",
+    "load_pretrained": "loading",
     "install": "integration",
 }
 __all__ = ["__version__", *_LAZY]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ class Weights:
             return dict.fromkeys(self._load(self.path).keys(), self.path)
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             if (self.path / index).exists():
-                names = _read_json(self.path / index).get("weight_map", {})
+                names = read_json(self.path / index).get("weight_map", {})
                 shards = sorted(set(names.values()))
                 missing = [s for s in shards if not (self.path / s).exists()]
                 if missing or not shards:
@@ -73,7 +74,8 @@ class Weights:
                 if file.suffix == ".safetensors":
                     self._open = (file, safe_open(file, "pt"))
                 else:
-                    self._open = (file, torch.load(file, map_location="cpu", weights_only=True))
+                    mapped = zipfile.is_zipfile(file)  # else written by torch before 1.6
+                    self._open = (file, torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
             except Exception as error:
                 first = (str(error).splitlines() or [""])[0][:200]
                 code = "; it may hold code, which is not run" if "weights_only" in str(error).lower() else ""
@@ -86,14 +88,82 @@ class Weights:
     def __iter__(self):
         return iter(self._where)
 
-    def __getitem__(self, name):
+    def file(self, name):
+        """The file that holds a tensor."""
         if name not in self._where:
             raise CheckpointError(f"{self.path}: has no tensor {name!r}.")
-        found = self._load(self._where[name])
-        return found.get_tensor(name) if hasattr(found, "get_tensor") else found[name]
+        return self._where[name]
+
+    def _of(self, name, get_safe):
+        file = self.file(name)
+        found = self._load(file)
+        try:
+            return getattr(found, get_safe)(name) if hasattr(found, get_safe) else found[name]
+        except Exception:  # an index that names a tensor which its shard does not hold
+            raise CheckpointError(f"{file}: lacks the tensor {name!r} that the index names in it.") from None
+
+    def __getitem__(self, name):
+        return self._of(name, "get_tensor")
+
+    def shape(self, name):
+        """Its shape as a tuple, without reading the tensor."""
+        found = self._of(name, "get_slice")
+        return tuple(found.get_shape() if hasattr(found, "get_shape") else found.shape)
 
 
-def _read_json(path):
+def is_whole(folder):
+    """Whether a folder has a model's weights, rather than a projector or an adapter alone (or nothing)."""
+    names = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    return any((Path(folder) / name).exists() for name in names)
+
+
+def local_folder(path):
+    """A folder as it is, or a name on the hub as the folder that it was downloaded to.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub does not give it.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.bin", "*.model"]
+        try:
+            return Path(snapshot_download(str(path), allow_patterns=patterns))
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise CheckpointError(f"{path}: is no folder, and the hub does not give it ({first}).") from None
+    raise CheckpointError(f"{path}: is no folder; give a checkpoint's folder or its name on the hub.")
+
+
+def check_base(folder, config, base):
+    """Refuse a base whose sizes are not those that a projector or a LoRA was trained with.
+
+    Args:
+        folder: of the projector or LoRA, for the message. config: its config.json. base: folder of the language model.
+
+    Returns:
+        The rows of the base's vocabulary.
+    """
+    text = read_json(Path(base) / "config.json")
+    keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    for key in keys:
+        if text.get(key) != config.get(key, text.get(key)):
+            raise CheckpointError(
+                f"{base}/config.json: has the {key} {text.get(key)}, {folder} was trained with {config.get(key)}; "
+                "give the language model that it was trained with."
+            )
+    return text.get("vocab_size", config.get("vocab_size"))
+
+
+def read_json(path):
+    """The object in a json file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -102,7 +172,7 @@ def _read_json(path):
         raise CheckpointError(f"{path}: is not json ({error}).") from None
 
 
-class _Folder:
+class Folder:
     """A folder that appears whole or not at all: written beside itself and renamed.
 
     Raises:
@@ -195,7 +265,7 @@ def _renamed(name, patterns, path):
 
 
 def _llava_config(source):
-    config = _read_json(Path(source) / "config.json")
+    config = read_json(Path(source) / "config.json")
     kind = config.get("model_type")
     if kind not in ("llava", "llava_llama", "llava_mistral") or "mm_vision_tower" not in config:
         raise CheckpointError(
@@ -211,7 +281,8 @@ def _llava_config(source):
     return config
 
 
-def _tower_folder(tower, source):
+def tower_folder(tower, source):
+    """The folder of a vision tower, given as a path (from here or from the checkpoint ``source``) or a hub name."""
     for folder in (Path(tower), Path(source) / tower):
         if (folder / "config.json").exists():
             return folder
@@ -273,21 +344,15 @@ def export_to_hf(source, target, base=None, vision_tower=None):
     config = _llava_config(source)
     if (source / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{source}: is a LoRA checkpoint; merge it first (LLaVA's scripts/merge_lora_weights.py)."
+            f"{source}: is a LoRA; merge it first: hacl-llava export --to llava --base LLM {source} MERGED"
         )
-    tower = _tower_folder(vision_tower or config["mm_vision_tower"], source)
-    vision = _read_json(tower / "config.json")
+    tower = tower_folder(vision_tower or config["mm_vision_tower"], source)
+    vision = read_json(tower / "config.json")
     vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
     parts = [Weights(source)]
     if base is not None:
         parts = [Weights(base), Weights(source / "mm_projector.bin")]
-        text = _read_json(Path(base) / "config.json")
-        for key in ("hidden_size", "num_hidden_layers"):
-            if text.get(key) != config.get(key):
-                raise CheckpointError(
-                    f"{base}/config.json: has the {key} {text.get(key)}, the projector's run had {config.get(key)}; "
-                    "give the language model that the projector was trained with."
-                )
+        check_base(source, config, base)
     elif "lm_head.weight" not in parts[0] and not config.get("tie_word_embeddings"):
         raise CheckpointError(f"{source}: holds a projector alone; give its language model with --base.")
 
@@ -351,25 +416,75 @@ def export_to_hf(source, target, base=None, vision_tower=None):
                     found[name].to(embeddings.dtype),
                 )
 
-    with _Folder(target) as folder:
+    with Folder(target) as folder:
         _write(folder, tensors())
         _save_json(folder / "config.json", new)
         generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         _save_json(folder / "generation_config.json", generation | {"pad_token_id": tokenizer.pad_token_id})
         tokenizer.chat_template = _PROMPT
         tokenizer.save_pretrained(folder)
-        saved = _read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+        saved = read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizer", "legacy": True}
         for key in ("from_slow", "is_local", "local_files_only", "backend"):
             saved.pop(key, None)
         _save_json(folder / "tokenizer_config.json", saved | {"processor_class": "LlavaProcessor"})
         _copy(base or source, folder, "tokenizer.model")
-        image = _read_json(tower / "preprocessor_config.json")
+        image = read_json(tower / "preprocessor_config.json")
         image |= {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
         _save_json(folder / "preprocessor_config.json", image)
         processor = {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": vision["patch_size"]}
         processor |= {"vision_feature_select_strategy": new["vision_feature_select_strategy"]}
         _save_json(folder / "processor_config.json", processor | {"num_additional_image_tokens": 1})
         _save_json(folder / "chat_template.json", {"chat_template": _PROMPT})
+
+
+def config_from_hf(config, tower, source="config.json"):
+    """LLaVA's config.json for that of a ``LlavaForConditionalGeneration``, and the rows of its own vocabulary.
+
+    Args:
+        config: the parsed config.json. tower: what mm_vision_tower is to say. source: for messages.
+    """
+    if "LlavaForConditionalGeneration" not in (config.get("architectures") or ()):
+        raise CheckpointError(
+            f"{source}/config.json: has the architectures {config.get('architectures')}, expected "
+            "LlavaForConditionalGeneration."
+        )
+    text, vision = config["text_config"], config["vision_config"]
+    rows = config.get("hacl_llava", {}).get("vocab_size", config.get("image_token_index", config.get("image_token_id")))
+    strategy = config.get("vision_feature_select_strategy", "default")
+    kind = text.get("model_type", "llama")
+    return {k: v for k, v in text.items() if k not in ("model_type", "architectures", "pad_token_id")} | {
+        "architectures": ["LlavaMistralForCausalLM" if kind == "mistral" else "LlavaLlamaForCausalLM"],
+        "model_type": "llava_mistral" if kind == "mistral" else "llava_llama",
+        "vocab_size": rows,
+        "mm_vision_tower": tower,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": vision["hidden_size"],
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": "patch" if strategy == "default" else "cls_patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+    }, rows
+
+
+def names_from_hf(weights):
+    """{name in a Hugging Face checkpoint: name in LLaVA's}; the tower's begin with ``vision_tower.vision_model.``."""
+    return {n: _renamed(n, _TO_LLAVA, weights.path) for n in weights if not _NOT_KEPT.search(n)}
+
+
+def write_tower(folder, source, vision):
+    """Write the vision tower of a Hugging Face checkpoint as one of its own, as LLaVA loads it.
+
+    Args:
+        folder: exists. source: the checkpoint's folder. vision: its vision_config.
+    """
+    weights = Weights(source)
+    names = {n: new for n, new in names_from_hf(weights).items() if new.startswith("vision_tower.")}
+    _write(folder, ((new.removeprefix("vision_tower."), weights[n]) for n, new in names.items()))
+    _save_json(folder / "config.json", vision | {"architectures": ["CLIPVisionModel"]})
+    _copy(source, folder, "preprocessor_config.json")
 
 
 def import_from_hf(source, target, vision_tower=None):
@@ -384,45 +499,23 @@ def import_from_hf(source, target, vision_tower=None):
             tower's weights are written to ``target/vision_tower``.
     """
     source, target = Path(source), Path(target)
-    config = _read_json(source / "config.json")
-    if "LlavaForConditionalGeneration" not in config.get("architectures", ()):
-        raise CheckpointError(
-            f"{source}/config.json: has the architectures {config.get('architectures')}, expected "
-            "LlavaForConditionalGeneration."
-        )
-    kept, text, vision = config.get("hacl_llava", {}), config["text_config"], config["vision_config"]
-    rows = kept.get("vocab_size", config.get("image_token_index", config.get("image_token_id")))
+    config = read_json(source / "config.json")
+    kept, vision = config.get("hacl_llava", {}), config.get("vision_config")
     tower = vision_tower or kept.get("mm_vision_tower")
-    strategy = config.get("vision_feature_select_strategy", "default")
-    kind = text.get("model_type", "llama")
-    new = {k: v for k, v in text.items() if k not in ("model_type", "architectures", "pad_token_id")} | {
-        "architectures": ["LlavaMistralForCausalLM" if kind == "mistral" else "LlavaLlamaForCausalLM"],
-        "model_type": "llava_mistral" if kind == "mistral" else "llava_llama",
-        "vocab_size": rows,
-        "mm_vision_tower": str(tower or (target / "vision_tower").absolute()),
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": vision["hidden_size"],
-        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
-        "mm_vision_select_feature": "patch" if strategy == "default" else "cls_patch",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad",
-        "use_mm_proj": True,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
-    }
+    new, rows = config_from_hf(config, str(tower or (target / "vision_tower").absolute()), source)
     weights = Weights(source)
-    names = {n: _renamed(n, _TO_LLAVA, source) for n in weights if not _NOT_KEPT.search(n)}
-    with _Folder(target) as folder:
+    names = names_from_hf(weights)
+    with Folder(target) as folder:
         language = ((new_name, weights[n]) for n, new_name in names.items() if not new_name.startswith("vision_tower."))
         _write(folder, ((n, t[:rows] if n.endswith(_ROWS) else t) for n, t in language))
         _save_json(folder / "config.json", new)
         if (source / "generation_config.json").exists():
-            generation = _read_json(source / "generation_config.json")
+            generation = read_json(source / "generation_config.json")
             _save_json(folder / "generation_config.json", generation | {"pad_token_id": 0})
         _copy(source, folder, "tokenizer.model")
         special = {k: {"content": v, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
                    for k, v in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}  # fmt: skip
-        old = _read_json(source / "tokenizer_config.json")
+        old = read_json(source / "tokenizer_config.json")
         tokenizer = {"tokenizer_class": "LlamaTokenizer", "legacy": old.get("legacy", False), "padding_side": "right"}
         tokenizer |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
         tokenizer |= {k: {**v, "__type": "AddedToken"} for k, v in special.items()}
@@ -431,10 +524,7 @@ def import_from_hf(source, target, vision_tower=None):
         _save_json(folder / "special_tokens_map.json", special | {"pad_token": "<unk>"})
         if tower is None:
             (folder / "vision_tower").mkdir()
-            found = ((new_name, weights[n]) for n, new_name in names.items() if new_name.startswith("vision_tower."))
-            _write(folder / "vision_tower", ((n.removeprefix("vision_tower."), t) for n, t in found))
-            _save_json(folder / "vision_tower/config.json", vision | {"architectures": ["CLIPVisionModel"]})
-            _copy(source, folder / "vision_tower", "preprocessor_config.json")
+            write_tower(folder / "vision_tower", source, vision)
 
 
 def _save_json(path, value):

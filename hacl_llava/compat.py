@@ -132,6 +132,21 @@ def _accumulation_under_zero():
     Accelerator.no_sync = wrapped
 
 
+def _random_states():
+    # torch >= 2.6 reads pickles without code alone, and a Trainer's rng_state.pth holds numpy's state: transformers
+    # 4.37 cannot resume there. These are what its array is made of. Goes with transformers 4.37.
+    import numpy
+    import torch
+    import transformers.trainer
+
+    load = inspect.getsource(transformers.trainer.Trainer._load_rng_state)
+    if "safe_globals" in load or not hasattr(torch.serialization, "add_safe_globals"):
+        return
+    core = getattr(numpy, "_core", None) or numpy.core
+    parts = [core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+    torch.serialization.add_safe_globals(parts)
+
+
 # --- after llava is imported ------------------------------------------------------------------------------------------
 
 
@@ -151,6 +166,25 @@ def _forward_arguments(model_class):
     # No **kwargs in what others see: the Trainer takes them as "the loss is already divided by accumulation steps".
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
     model_class.forward = wrapped
+
+
+def _quantized_loading(model_class):
+    # LLaVA asks for 4 bits (in train() and in load_pretrained_model) both by a flag and by a quantization_config, for 8
+    # bits by the flag alone; transformers >= 4.38 refuses the first, 5 does not know the flags. And 5 compares what is
+    # not to be quantized with the beginning of a module's name, where LLaVA says mm_projector. Goes when LLaVA's does.
+    from transformers import BitsAndBytesConfig
+
+    from_pretrained = model_class.from_pretrained.__func__
+
+    @functools.wraps(from_pretrained)
+    def wrapped(cls, *args, load_in_4bit=False, load_in_8bit=False, **kwargs):
+        if (load_in_4bit or load_in_8bit) and kwargs.get("quantization_config") is None:
+            kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
+        if skipped := getattr(kwargs.get("quantization_config"), "llm_int8_skip_modules", None):
+            skipped += [f"model.{name}" for name in skipped if f"model.{name}" not in skipped]
+        return from_pretrained(cls, *args, **kwargs)
+
+    model_class.from_pretrained = classmethod(wrapped)
 
 
 def _trainer_methods(trainer_class):
@@ -193,6 +227,17 @@ def _trainer_methods(trainer_class):
             return Trainer._save_checkpoint(self, model, trial)
 
         trainer_class._save_checkpoint = _save_checkpoint
+
+
+def savable_generation_config(model):
+    """Make a model's generation settings ones that can be saved.
+
+    Vicuna's have a temperature without do_sample, which newer transformers refuse to write: after the training (LLaVA
+    issues 1144, 1252). Goes when Vicuna's file changes.
+    """
+    settings = model.generation_config
+    if settings is not None and not settings.do_sample and (settings.temperature or 1, settings.top_p or 1) != (1, 1):
+        settings.do_sample = True
 
 
 def _close_process_groups():
@@ -242,8 +287,10 @@ _layernorm_list()
 _argument_parser()
 _deepspeed_on_cpu()
 _accumulation_under_zero()
+_random_states()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
-_forward_arguments(LlavaLlamaForCausalLM)
-_forward_arguments(LlavaMistralForCausalLM)
+for _class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
+    _forward_arguments(_class)
+    _quantized_loading(_class)
 _trainer_methods(LLaVATrainer)
 _end_in_order(LLaVATrainer)

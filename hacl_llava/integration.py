@@ -1,4 +1,4 @@
-"""HACL inside LLaVA's own train(): five of its names replaced. Floor 4.
+"""HACL inside LLaVA's own train(): some of its names replaced. Floor 4.
 
 This module is imported at the head of a patched llava/train/train.py, before LLaVA's trainer, so that `compat` has
 done its work by then; whatever itself imports llava.train.train waits for `install`.
@@ -15,47 +15,64 @@ from . import compat
 from .config import HaclConfig, HaclError, hacl_argument_fields
 
 NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
+SAVING = ("safe_save_model_for_hf_trainer", "get_peft_state_non_lora_maybe_zero_3")
 _STOCK = "_hacl_stock_names"
 
 
-def install(namespace, use_hacl=False):
+def install(namespace, use_hacl=False, stage=1):
     """Let LLaVA's train() know ``--use_hacl`` and the ``--hacl_*`` flags.
 
-    `train()` looks its classes up as globals of its module while it runs; five of them are replaced here. When the
-    command line then says ``--use_hacl False``, model, trainer and data are put back, and what runs is stock LLaVA.
+    `train()` looks its classes up as globals of its module while it runs; those in `NAMES` and `SAVING` are
+    replaced. When the command line then says ``--use_hacl False``, model, trainer and data are put back, and what runs
+    is stock LLaVA.
     Calling it again changes only the default; `uninstall` undoes it.
 
     Args:
         namespace: the globals of llava.train.train (``globals()`` in a patched checkout).
         use_hacl: the default of ``--use_hacl``.
+        stage: 2 keeps, without HACL too, checkpoints that appear whole and resume, and checks stage 2's settings.
 
     Raises:
         compat.LlavaNotUsable: a name is missing, so this is not the train.py that HACL knows.
     """
     stock = namespace.get(_STOCK)
     if stock is None:
-        missing = [name for name in NAMES if name not in namespace]
+        missing = [name for name in (*NAMES, *SAVING) if name not in namespace]
         if missing:
             raise compat.LlavaNotUsable(
                 f"{namespace.get('__name__', 'the namespace')} has no {', '.join(missing)}: this is not the train.py "
                 f"of LLaVA {compat.LLAVA_VERSION}; run: {compat.LLAVA_INSTALL}"
             )
-        stock = namespace[_STOCK] = {name: namespace[name] for name in NAMES}
+        stock = namespace[_STOCK] = {name: namespace[name] for name in (*NAMES, *SAVING)}
 
     from .data import make_hacl_data_module
     from .modeling import HaclLlavaLlamaForCausalLM
-    from .trainer import HaclTrainer
+    from .trainer import HaclTrainer, ResumableTrainer
+
+    def save(trainer, output_dir):
+        if getattr(trainer.args, "tune_mm_mlp_adapter", False):
+            stock["safe_save_model_for_hf_trainer"](trainer, output_dir)
+        else:
+            trainer.save_whole(output_dir)
+
+    def beside_lora(*args, **kwargs):
+        found = stock["get_peft_state_non_lora_maybe_zero_3"](*args, **kwargs)
+        return {name: tensor for name, tensor in found.items() if "hacl_head." not in name}
 
     hacl = {
+        "safe_save_model_for_hf_trainer": save,
+        "get_peft_state_non_lora_maybe_zero_3": beside_lora,
         "LlavaLlamaForCausalLM": HaclLlavaLlamaForCausalLM,
         "LLaVATrainer": HaclTrainer,
         "make_supervised_data_module": make_hacl_data_module,
     }
 
-    def choose(model_arguments):
-        namespace.update({name: (hacl if model_arguments.use_hacl else stock)[name] for name in hacl})
+    plain = {**stock, "safe_save_model_for_hf_trainer": save, "LLaVATrainer": ResumableTrainer} if stage == 2 else stock
 
-    namespace.update(hacl, **_argument_classes(stock, use_hacl, choose))
+    def choose(model_arguments):
+        namespace.update({name: (hacl if model_arguments.use_hacl else plain)[name] for name in hacl})
+
+    namespace.update(hacl, **_argument_classes(stock, use_hacl, choose, stage))
 
 
 def uninstall(namespace):
@@ -63,7 +80,7 @@ def uninstall(namespace):
     namespace.update(namespace.pop(_STOCK, {}))
 
 
-def _argument_classes(stock, use_hacl, choose):
+def _argument_classes(stock, use_hacl, choose, stage):
     """LLaVA's ModelArguments and DataArguments with HACL's flags, which check what they are given.
 
     ``choose`` is called with the parsed model arguments, before train() looks up anything else.
@@ -77,13 +94,15 @@ def _argument_classes(stock, use_hacl, choose):
     def parsed(model, arguments):
         # compat's parser calls this with all three; nothing is loaded yet.
         _, data, training = arguments
-        if not model.use_hacl:
-            return
-        model.hacl_num_hallucinated = data.hacl_num_hallucinated
-        HaclConfig.from_arguments(model)
-        _check_run(model, data, training.output_dir)
-        # LLaVA makes its projector before the Trainer seeds anything, and so does HACL its heads.
-        transformers.set_seed(training.seed)
+        if stage == 2:
+            _check_stage2(model)
+        if model.use_hacl:
+            model.hacl_num_hallucinated = data.hacl_num_hallucinated
+            HaclConfig.from_arguments(model)
+            _check_run(model, data, training.output_dir)
+        if stage == 2 or model.use_hacl:
+            # LLaVA makes projector and adapters before the Trainer seeds anything, and so does HACL its heads.
+            transformers.set_seed(training.seed)
 
     flags = hacl_argument_fields(use_hacl)
     for_data = [f for f in flags if f[0] == "hacl_num_hallucinated"]  # the dataset sees the data arguments alone
@@ -96,6 +115,36 @@ def _argument_classes(stock, use_hacl, choose):
         "ModelArguments": extended("ModelArguments", for_model, __post_init__=check, hacl_parsed=parsed),
         "DataArguments": extended("DataArguments", for_data),
     }
+
+
+def _check_stage2(model):
+    """Refuse a projector that does not belong to this LLM, before 7B are loaded."""
+    from .checkpoint import CheckpointError, Weights, read_json
+
+    if model.tune_mm_mlp_adapter:
+        raise HaclError("--tune_mm_mlp_adapter True is stage 1: use scripts/pretrain_hacl.py.")
+    folder = Path(model.model_name_or_path)
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    if model.pretrain_mm_mlp_adapter is None:
+        if config and "mm_vision_tower" not in config:
+            warnings.warn(
+                "no --pretrain_mm_mlp_adapter: stage 2 starts with a random projector. Give it the mm_projector.bin of "
+                "stage 1.",
+                stacklevel=2,
+            )
+        return
+    weights = Weights(Path(model.pretrain_mm_mlp_adapter))
+    own = [name for name in weights if "mm_projector." in name]
+    if not own:
+        raise CheckpointError(
+            f"{weights.path}: holds no mm_projector; --pretrain_mm_mlp_adapter is the mm_projector.bin of stage 1."
+        )
+    last = weights.shape(max((n for n in own if n.endswith("weight")), default=own[0]))
+    if config and last[0] != config.get("hidden_size", last[0]):
+        raise CheckpointError(
+            f"{weights.path}: projects to {last[0]} features, {folder} has the hidden_size {config['hidden_size']}; "
+            "give the language model that stage 1 was run with."
+        )
 
 
 def _check_run(model, data, output_dir):

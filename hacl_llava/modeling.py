@@ -4,12 +4,15 @@ Shapes: B batch, T tokens of a row after the image is spliced in, m visual token
 captions per image, D hidden size, P head size.
 """
 
+import json
 import math
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -19,6 +22,7 @@ from .loss import HaclLoss
 
 IGNORE_INDEX = -100  # as llava.constants; labels without loss
 IMAGE_TOKEN_INDEX = -200  # as llava.constants; where the image goes
+HEAD_FILE = "hacl_head.safetensors"
 TEMPERATURE_RANGE = (0.001, 0.5)  # the released code's
 
 
@@ -112,10 +116,15 @@ class HaclMixin:
         return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
 
     def initialize_vision_tokenizer(self, model_args, tokenizer):
-        """LLaVA's, then HACL's heads: the last call before the data is made, after freezing and after PEFT."""
+        """LLaVA's, then HACL's heads: the last call before the data is made, after freezing and after PEFT.
+
+        Heads that lie beside ``--pretrain_mm_mlp_adapter`` go on from where they were.
+        """
         super().initialize_vision_tokenizer(model_args, tokenizer)
         if getattr(model_args, "use_hacl", False):
-            self.enable_hacl(HaclConfig.from_arguments(model_args), tokenizer.eos_token_id)
+            config, projector = HaclConfig.from_arguments(model_args), model_args.pretrain_mm_mlp_adapter
+            if projector is None or not self.load_hacl_head(Path(projector).parent, tokenizer.eos_token_id, config):
+                self.enable_hacl(config, tokenizer.eos_token_id)
 
     def enable_hacl(self, config, eos_token_id):
         """Create heads, temperature and loss; from now on a batch with ``caption_ids`` is trained with HACL.
@@ -143,6 +152,36 @@ class HaclMixin:
         self.hacl_fused = None if config.fused else False  # None: not yet checked on this model
         self.config.hacl = config.to_dict()
         self.reset_hacl_metrics()
+
+    def load_hacl_head(self, folder, eos_token_id, config=None):
+        """Enable HACL with the heads and the temperature that stage 1 left in ``folder/hacl_head.safetensors``.
+
+        Args:
+            folder: of the run. eos_token_id: as in `enable_hacl`.
+            config: a `HaclConfig` in place of the settings of that run; None: those.
+
+        Returns:
+            Whether there was such a file; without one nothing is changed.
+
+        Raises:
+            HaclError: it is damaged, or its heads have other sizes.
+        """
+        file = Path(folder) / HEAD_FILE
+        if not file.exists():
+            return False
+        try:
+            with safe_open(file, "pt") as found:
+                saved = HaclConfig.from_dict(json.loads((found.metadata() or {})["hacl"]))
+                state = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (no iterator)
+        except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+            raise HaclError(f"{file}: cannot be read ({error}); it is written by stage 1 with HACL.") from None
+        self.enable_hacl(config or saved, eos_token_id)
+        own = {k: list(v.shape) for k, v in self.hacl_head.state_dict().items()}
+        got = {k: list(v.shape) for k, v in state.items()}
+        if own != got:
+            raise HaclError(f"{file}: holds heads of the shapes {got}, these settings ask for {own} (--hacl_head_dim).")
+        self.hacl_head.load_state_dict(state)
+        return True
 
     # --- saving: a HACL checkpoint is a LLaVA checkpoint --------------------------------------------------------------
 

@@ -1,10 +1,11 @@
-"""Stage-1 pretraining with HACL: LLaVA's own train(), HACL on unless ``--use_hacl False``. Floor 5.
+"""LLaVA's own train(): stage 1 with HACL on unless ``--use_hacl False``, and stage 2 on top of it. Floor 5.
 
 ``deepspeed scripts/pretrain_hacl.py ...``, ``python -m hacl_llava.train ...``, or LLaVA's train_mem.py after
-``hacl-llava patch``: the same flags, the same function.
+``hacl-llava patch``: the same flags, the same function. ``scripts/finetune_hacl.py`` is stage 2.
 """
 
 import argparse
+import errno
 import sys
 
 from .config import HaclError, hacl_argument_fields, on_first_rank
@@ -22,6 +23,21 @@ example (one machine, all its GPUs; scripts/pretrain_7b.sh is the full run):
 
 every other flag is LLaVA's or the transformers Trainer's own: --help_all lists them all.
 """
+EXAMPLE_2 = """\
+example (the full runs: scripts/finetune_7b.sh, the same with MODE=lora or MODE=qlora):
+  deepspeed scripts/finetune_hacl.py --deepspeed zero_configs/zero3.json \\
+      --model_name_or_path lmsys/vicuna-7b-v1.5 --version v1 \\
+      --pretrain_mm_mlp_adapter checkpoints/hacl-7b-pretrain/mm_projector.bin \\
+      --data_path llava_v1_5_mix665k.json --image_folder playground/data --image_aspect_ratio pad \\
+      --vision_tower openai/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu \\
+      --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True \\
+      --group_by_modality_length True --output_dir checkpoints/llava-v1.5-7b-hacl \\
+      --learning_rate 2e-5 --gradient_checkpointing True
+
+killed or stopped, the same command goes on from the last checkpoint-*. HACL is off unless --use_hacl True: the paper's
+ablation found that contrast while the LLM is trained costs a lot.
+every other flag is LLaVA's or the transformers Trainer's own: --help_all lists them all.
+"""
 COMMON = {
     "model_name_or_path": "Llama or Vicuna checkpoint: a folder or a name on the hub.",
     "version": "Conversation template; stage 1 takes: plain.",
@@ -35,32 +51,46 @@ COMMON = {
 }
 
 
-def _show_help():
+STAGE_2 = {
+    "version": "Conversation template; LLaVA-1.5's stage 2 takes: v1.",
+    "data_path": "Json in LLaVA's format: instructions with answers.",
+    "pretrain_mm_mlp_adapter": "mm_projector.bin of stage 1.",
+    "lora_enable": "True: train low-rank adapters (--lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5).",
+    "bits": "4 or 8: keep the frozen LLM quantized (QLoRA; needs bitsandbytes).",
+    "output_dir": "Gets the model, or the LoRA with non_lora_trainables.bin; checkpoint-* while it runs.",
+}
+
+
+def _show_help(stage):
     """The flags that matter, first HACL's; the hundreds of others are one flag away."""
+    script = "finetune_hacl.py" if stage == 2 else "pretrain_hacl.py"
     parser = argparse.ArgumentParser(
-        prog="pretrain_hacl.py",
-        usage="deepspeed scripts/pretrain_hacl.py [--deepspeed CONFIG] [flags]",
-        description="Stage-1 pretraining of LLaVA with HACL: trains the projector, writes mm_projector.bin.",
-        epilog=EXAMPLE,
+        prog=script,
+        usage=f"deepspeed scripts/{script} [--deepspeed CONFIG] [flags]",
+        description="Stage 2 of LLaVA on a projector of stage 1: full, LoRA or QLoRA; can be stopped and resumed."
+        if stage == 2
+        else "Stage-1 pretraining of LLaVA with HACL: trains the projector, writes mm_projector.bin.",
+        epilog=EXAMPLE_2 if stage == 2 else EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     hacl = parser.add_argument_group("HACL")
-    for name, kind, field in hacl_argument_fields(use_hacl=True):
+    for name, kind, field in hacl_argument_fields(use_hacl=stage == 1):
         choices = getattr(kind, "__args__", None)
         metavar = "|".join(choices) if choices else "True|False" if kind is bool else kind.__name__.upper()
         hacl.add_argument(f"--{name}", metavar=metavar, help=f"{field.metadata['help']} (default: {field.default})")
     common = parser.add_argument_group("LLaVA's, those that every run gives")
-    for name, text in COMMON.items():
+    flags = {k: v for k, v in COMMON.items() if k != "tune_mm_mlp_adapter"} | STAGE_2 if stage == 2 else COMMON
+    for name, text in flags.items():
         common.add_argument(f"--{name}", metavar="...", help=text)
     parser.print_help()
 
 
-def main():
-    """Entry point; a mistake in settings or data ends with one line and exit status 2."""
+def main(stage=1):
+    """Entry point of stage 1 or 2; a mistake in settings or data ends with one line and exit status 2."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         if on_first_rank():
-            _show_help()
+            _show_help(stage)
         return 0
     sys.argv = [sys.argv[0], *("--help" if a == "--help_all" else a for a in sys.argv[1:])]
     try:
@@ -72,7 +102,7 @@ def main():
         if on_first_rank():
             print(f"error: {error}", file=sys.stderr)
         return 2
-    install(vars(llava_train), use_hacl=True)
+    install(vars(llava_train), use_hacl=stage == 1, stage=stage)
     try:
         llava_train.train()
     except HaclError as error:
@@ -80,6 +110,11 @@ def main():
         if "Original Traceback" in message:  # from a data worker process, of which only the last line is ours
             message = message.strip().splitlines()[-1].removeprefix("hacl_llava.records.DataError: ")
         print(f"\nerror: {message}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"\nerror: {error.filename or 'the output'}: cannot be written ({error.strerror}).", file=sys.stderr)
         return 2
     return 0
 

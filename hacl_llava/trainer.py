@@ -1,13 +1,24 @@
-"""LLaVA's trainer, plus the parts of HACL's loss in the log and the heads in the checkpoint. Floor 3."""
+"""LLaVA's trainer with checkpoints that resume; with HACL, its losses in the log and its heads beside them. Floor 3."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
-from . import __version__
-from .compat import LLaVATrainer
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
 
-HEAD_FILE = "hacl_head.safetensors"
+from . import __version__
+from .compat import LLaVATrainer, savable_generation_config
+from .config import HaclError
+from .modeling import HEAD_FILE
+
+UNFINISHED = "unfinished"
 
 
 def save_head(model, folder, write=True):
@@ -29,8 +40,130 @@ def save_head(model, folder, write=True):
     return path
 
 
-class HaclTrainer(LLaVATrainer):
-    """`LLaVATrainer` that logs ``loss_lm``, ``loss_i2t``, ``loss_t2i``, ``temperature``, ``retrieval_accuracy`` and
+class ResumableTrainer(LLaVATrainer):
+    """LLaVA's trainer, whose checkpoints appear whole or not at all and from which the same command goes on.
+
+    A checkpoint is written to ``output_dir/unfinished`` and renamed to ``checkpoint-N`` when all ranks have written
+    theirs; so whatever interrupts it, the last ``checkpoint-*`` is whole. ``--save_total_limit`` counts those.
+    """
+
+    _writing = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        savable_generation_config(self.model)
+        if is_deepspeed_zero3_enabled():
+            # LLaVA makes the projector, and peft its adapters, in float32; ZeRO-3 shards one dtype, and keeps float32
+            # copies of its own.
+            dtype = self.model.get_input_embeddings().weight.dtype
+            for p in self.model.parameters():
+                if p.requires_grad and p.dtype != dtype:
+                    p.data = p.data.to(dtype)
+
+    def _get_output_dir(self, trial=None):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._writing else folder
+
+    def _moves(self):
+        each = self.args.save_on_each_node
+        return self.is_local_process_zero() if each else self.is_world_process_zero()
+
+    @contextlib.contextmanager
+    def _unfinished(self, folder):
+        """A folder that all ranks write to; when they are through, the first one goes on alone inside ``with``."""
+        part = Path(folder) / UNFINISHED
+        if self._moves():
+            shutil.rmtree(part, ignore_errors=True)
+        _wait()
+        try:
+            yield part
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # Where json and safetensors hand on what the system said, torch has two words of its own for it.
+            of_disk = re.search("PytorchStreamWriter|inline_container|No space|os error", str(error))
+            if not isinstance(error, OSError) and not of_disk:
+                raise
+            shutil.rmtree(part, ignore_errors=True)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise HaclError(
+                f"{part}: cannot be written ({reason}). What was saved before is whole; make room, and give the same "
+                "command again."
+            ) from None
+        finally:
+            self._writing = False
+
+    def _save_checkpoint(self, model, trial, *args, **kwargs):
+        folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        with self._unfinished(folder) as part:
+            self._writing = True
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+            self._save_beside(part / name)
+            _wait()
+        if self._moves():
+            # What goes is renamed first too: a kill while it is removed must not leave a half of it.
+            if (folder / name).exists():
+                os.replace(folder / name, part / "replaced")
+            os.replace(part / name, folder / name)
+            numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+            for _, old in sorted(numbered)[: -(self.args.save_total_limit or len(numbered))]:
+                os.replace(old, part / old.name)
+            shutil.rmtree(part, ignore_errors=True)
+        _wait()
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # transformers 5 writes tokenizer.json alone; LLaVA's tools, and all of older transformers, read this one.
+        model = cached_file(
+            self.model.config._name_or_path, "tokenizer.model", _raise_exceptions_for_missing_entries=False
+        )
+        if model and self.args.should_save and not getattr(self.args, "tune_mm_mlp_adapter", False):
+            shutil.copyfile(model, Path(output_dir or self.args.output_dir) / "tokenizer.model")
+
+    def _save_beside(self, folder):
+        # DeepSpeed keeps all that trains; without it, what trains beside a LoRA would be lost on resuming.
+        if getattr(self.args, "lora_enable", False) and not self.is_deepspeed_enabled and self.args.should_save:
+            torch.save(_trained_beside_lora(self.model), folder / "non_lora_trainables.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        beside = Path(resume_from_checkpoint) / "non_lora_trainables.bin"
+        if beside.exists():
+            self.model.load_state_dict(torch.load(beside, map_location="cpu", weights_only=True), strict=False)
+
+    def save_state(self):
+        # The one call that LLaVA's train() makes on the trainer after training, before it writes a LoRA's files one by
+        # one, this one last: while it is missing, nobody takes the folder for finished.
+        if self._moves():
+            (Path(self.args.output_dir) / "non_lora_trainables.bin").unlink(missing_ok=True)
+        super().save_state()
+
+    def save_whole(self, folder):
+        """LLaVA's last step of a full fine-tuning: the model into the run's folder, file by file only once all are
+        written, config.json last."""
+        folder = Path(folder)
+        with self._unfinished(folder) as part:
+            self.save_model(str(part))
+            _wait()
+        if self._moves():
+            for stale in (*folder.glob("*.index.json"), *folder.glob("model*.safetensors"), folder / "config.json"):
+                stale.unlink(missing_ok=True)
+            for file in sorted(part.iterdir(), key=lambda f: (f.name == "config.json", f.suffix == ".json")):
+                os.replace(file, folder / file.name)
+            part.rmdir()
+        _wait()
+
+
+def _wait():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _trained_beside_lora(model):
+    return {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+
+
+class HaclTrainer(ResumableTrainer):
+    """`ResumableTrainer` that logs ``loss_lm``, ``loss_i2t``, ``loss_t2i``, ``temperature``, ``retrieval_accuracy`` and
     ``closer_to_true`` (see `HaclMixin.hacl_metrics`) and saves the heads beside an unchanged ``mm_projector.bin``."""
 
     _said = False
@@ -65,12 +198,32 @@ class HaclTrainer(LLaVATrainer):
             logs = {**logs, **{k: round(v, 4) for k, v in self.model.hacl_metrics().items()}}
         return super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, model, trial, *args, **kwargs):
-        super()._save_checkpoint(model, trial, *args, **kwargs)
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+    def _save_beside(self, folder):
+        super()._save_beside(folder)
         save_head(self.model, folder, write=self.args.should_save)
+        config = self.model.hacl_config
+        if config.queue_size and (self.args.should_save or not config.gather):  # gathered, it is the same on all ranks
+            torch.save(self.model.hacl_loss.queue_state(), folder / self._queue_file())
+
+    def _queue_file(self):
+        return f"hacl_queue_{0 if self.model.hacl_config.gather else self.args.process_index}.pt"
+
+    def _load_rng_state(self, checkpoint):
+        # Called on every way of resuming, DeepSpeed's too, once the weights are there.
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        queue = Path(checkpoint) / self._queue_file()
+        if queue.exists():
+            state = torch.load(queue, map_location=self.args.device, weights_only=True)
+            self.model.hacl_loss.load_queue_state(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        queue = self.model.hacl_loss.queue_state()
+        self.model.load_hacl_head(resume_from_checkpoint, self.model.hacl_eos, self.model.hacl_config)
+        self.model.hacl_loss.load_queue_state(queue)
 
     def save_state(self):
-        # The one call that LLaVA's train() makes on the trainer after training: the heads go into the output folder.
         super().save_state()
         save_head(self.model, self.args.output_dir, write=self.args.should_save)

@@ -155,7 +155,7 @@ def test_a_projector_and_its_base_make_the_same_model(mini, llava, tmp_path):
     assert main(["export", "--to", "hf", str(stage1), str(tmp_path / "c")]) == 2  # without its base
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps({**config, "hidden_size": 128}))
-    with pytest.raises(CheckpointError, match="hidden_size 128, the projector's run had 64"):
+    with pytest.raises(CheckpointError, match="hidden_size 128, .* was trained with 64"):
         export_to_hf(stage1, tmp_path / "d", base=tmp_path / "other") if save_file(
             {"model.x": torch.zeros(1)}, tmp_path / "other/model.safetensors"
         ) is None else None

@@ -1,0 +1,448 @@
+"""Checkpoints of every published layout, in tiny replicas: loaded, answering, saved, loaded by stock LLaVA."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load
+from PIL import Image
+
+from hacl_llava import checkpoint
+from hacl_llava.checkpoint import CheckpointError, Weights
+from hacl_llava.loading import load_pretrained
+
+QUESTION = "USER: <image>\nIs there a red circle in the image? ASSISTANT:"
+
+
+def answer(loaded, image):
+    from llava.mm_utils import process_images, tokenizer_image_token
+
+    tokenizer, model, processor, _ = loaded
+    pixels = process_images([Image.open(image).convert("RGB")], processor, model.config)
+    ids = tokenizer_image_token(QUESTION, tokenizer, return_tensors="pt")[None]
+    with torch.no_grad():
+        out = model.generate(ids, images=pixels.to(model.dtype), do_sample=False, max_new_tokens=8)
+    return out[0, -8:].tolist()
+
+
+STOCK = """
+import sys, json, torch
+import hacl_llava.compat
+from llava.model.builder import load_pretrained_model
+sys.path.insert(0, sys.argv[4])
+from test_loading import answer
+path, base, image = sys.argv[1:4]
+tokenizer, model, processor, context = load_pretrained_model(
+    path, base or None, sys.argv[5], device_map="cpu", device="cpu")
+model.float(); model.get_vision_tower().float()
+print(json.dumps(answer((tokenizer, model, processor, context), image)))
+"""
+
+
+def stock_answer(path, image, base="", name="llava-tiny"):
+    """From stock LLaVA's load_pretrained_model, in its own process, in float32 after loading in float16."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, path, base, image, Path(__file__).parent, name],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def image(mini, records):
+    return mini.images / records[0]["image"]
+
+
+@pytest.fixture(scope="module")
+def stage2(mini, tmp_path_factory):
+    """A model whose weights are float16 numbers, so that LLaVA's loader (float16) and ours (float32) see the same."""
+    torch.manual_seed(3)
+    model, tokenizer = load(mini, stock=True)
+    model.half().float()
+    model.config.image_aspect_ratio = "pad"
+    model.config.mm_use_im_patch_token = model.config.mm_use_im_start_end = False
+    model.config.unfreeze_mm_vision_tower = False
+    model.generation_config.do_sample = False
+    return model, tokenizer
+
+
+def published(
+    stage2, mini, folder, *, kind="llava", sharded=True, safe=False, dtype=torch.float16, extra=None, **config
+):
+    """A folder as liuhaotian/llava-v1.5-7b is published: config.json of LLaVA 1.1 to 1.5 (model_type "llava" until
+    1.1.3, then "llava_llama"), pytorch_model-0000N-of-0000M.bin with an index, vision tower included, tokenizer.model
+    (https://huggingface.co/liuhaotian/llava-v1.5-7b/tree/main, docs/MODEL_ZOO.md of LLaVA)."""
+    model, tokenizer = stage2
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((mini.llm / "tokenizer.model").read_bytes())
+    values = model.config.to_dict()
+    values |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": kind, "torch_dtype": "float16"}
+    values |= {"mm_vision_tower": str(mini.clip), "transformers_version": "4.31.0", **config}
+    for key in ("dtype", "hacl", "unfreeze_mm_vision_tower" if "unfreeze_mm_vision_tower" not in config else ""):
+        values.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(values))
+    state = {k: v.to(dtype) for k, v in model.state_dict().items()}
+    tower = "model.vision_tower.vision_tower."
+    state = {  # transformers of those days had vision_model in between, and the position ids as a buffer
+        k if not k.startswith(tower) or "vision_model." in k else k.replace(tower, tower + "vision_model."): v
+        for k, v in state.items()
+    }
+    state[f"{tower}vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    state |= extra or {}
+    names = sorted(state)
+    parts = [names[::2], names[1::2]] if sharded else [names]
+    stem, end = ("model", "safetensors") if safe else ("pytorch_model", "bin")
+    where = {}
+    for i, part in enumerate(parts):
+        file = f"{stem}-{i + 1:05d}-of-{len(parts):05d}.{end}" if sharded else f"{stem}.{end}"
+        part = {k: state[k].contiguous() for k in part}
+        if safe:
+            from safetensors.torch import save_file
+
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+        where.update(dict.fromkeys(part, file))
+    if sharded:
+        index = {"metadata": {"total_size": 1}, "weight_map": where}
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+LAYOUTS = {
+    "1.5 as published": {"kind": "llava"},
+    "newer config": {"kind": "llava_llama"},
+    "safetensors": {"kind": "llava_llama", "safe": True},
+    "one file": {"kind": "llava", "sharded": False},
+    "bfloat16": {"kind": "llava_llama", "safe": True, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_answer_save_and_stock_loads(mini, stage2, image, tmp_path, layout):
+    folder = published(stage2, mini, tmp_path / "llava-v1.5-tiny", **LAYOUTS[layout])
+    loaded = load_pretrained(folder, device="cpu")
+    assert type(loaded.model).__name__ == "LlavaLlamaForCausalLM" and loaded.model.dtype == torch.float32
+    assert not loaded.model.training and loaded.context_len == 2048
+    want = answer(loaded, image)
+    # control: another projector gives another answer, so that the weights are really those of the file
+    projector = loaded.model.get_model().mm_projector
+    assert torch.equal(projector[0].weight, stage2[0].get_model().mm_projector[0].weight.to(LAYOUTS[layout].get(
+        "dtype", torch.float16)).float())  # fmt: skip
+    loaded.model.save_pretrained(tmp_path / "llava-saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "llava-saved")
+    assert answer(load_pretrained(tmp_path / "llava-saved", device="cpu"), image) == want
+    if layout in ("1.5 as published", "safetensors"):
+        assert stock_answer(tmp_path / "llava-saved", image) == want
+    if layout == "safetensors":
+        assert stock_answer(folder, image) == want
+    with torch.no_grad():
+        projector[2].bias.add_(torch.randn(projector[2].bias.shape, generator=torch.Generator().manual_seed(1)) * 30)
+    assert answer(loaded, image) != want
+
+
+def test_13b_shapes_and_old_linear_projector(mini, stage2, image, tmp_path):
+    """Grouped heads and other widths come from config.json alone; LLaVA 1's projector is one linear layer, with
+    tokens around the image whose rows lie in mm_projector.bin."""
+    base, tokenizer = load(mini, stock=True)
+    folder = tmp_path / "llava-pretrain-v1"
+    folder.mkdir()
+    values = base.config.to_dict() | {"model_type": "llava", "mm_projector_type": "linear", "mm_use_im_start_end": True}
+    values |= {"vocab_size": base.config.vocab_size + 2, "mm_use_im_patch_token": False}
+    values["mm_vision_tower"] = str(mini.clip)
+    (folder / "config.json").write_text(json.dumps(values))
+    torch.manual_seed(0)
+    rows = torch.randn(2, base.config.hidden_size).half()
+    weight = torch.randn(base.config.hidden_size, base.config.mm_hidden_size).half()
+    state = {
+        "model.mm_projector.weight": weight,
+        "model.mm_projector.bias": torch.zeros(base.config.hidden_size).half(),
+    }
+    torch.save({**state, "model.embed_tokens.weight": rows}, folder / "mm_projector.bin")
+    loaded = load_pretrained(folder, mini.llm, device="cpu")
+    assert torch.equal(loaded.model.get_model().mm_projector.weight, weight.float())
+    assert loaded.tokenizer.convert_tokens_to_ids("<im_end>") == base.config.vocab_size + 1
+    assert torch.equal(loaded.model.get_input_embeddings().weight[-2:], rows.float())
+    assert len(answer(loaded, image)) == 8
+
+
+def test_projector_with_its_base_and_a_wrong_base(mini, stage2, image, tmp_path):
+    model, _ = stage2
+    folder = tmp_path / "llava-projector"
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    state = {f"model.mm_projector.{k}": v.half() for k, v in model.get_model().mm_projector.state_dict().items()}
+    torch.save(state, folder / "mm_projector.bin")
+    want = answer(load_pretrained(folder, mini.llm, device="cpu"), image)
+    if model.config.model_type == "llava_llama":
+        assert stock_answer(folder, image, mini.llm) == want
+    with pytest.raises(CheckpointError, match="a projector alone; give its base"):
+        load_pretrained(folder, device="cpu")
+    from hacl_llava.miniature import models
+
+    models.make_llm(tmp_path / "other", layers=3)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers 3, .* was trained with 2"):
+        load_pretrained(folder, tmp_path / "other", device="cpu")
+    torch.save({**state, "model.mm_projector.0.weight": torch.zeros(64, 65)}, folder / "mm_projector.bin")
+    with pytest.raises(
+        CheckpointError, match=r"mm_projector.0.weight' has the shape \[64, 65\], expected is \[64, 64\]"
+    ):
+        load_pretrained(folder, mini.llm, device="cpu")
+
+
+def lora_folder(stage2, mini, folder, base=None):
+    """As LLaVA's train() leaves it, from a model with random adapters."""
+    import peft
+    from llava.train.train import find_all_linear_names, get_peft_state_maybe_zero_3
+
+    base_model = load_pretrained(base, device="cpu").model if base else load(mini, stock=True, frozen=False)[0]
+    names = find_all_linear_names(base_model)
+    torch.manual_seed(8)
+    inner = base_model.get_model()
+    tower, inner.vision_tower = inner.vision_tower, None  # LLaVA's train() adds the tower after the adapters
+    model = peft.get_peft_model(
+        base_model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
+    )
+    inner.vision_tower = tower
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_" in n:
+                p.copy_((torch.randn(p.shape) * 0.2).half())
+            elif "mm_projector" in n:
+                p.copy_((p * 1.5).half())
+    model.config.mm_use_im_patch_token = model.config.mm_use_im_start_end = False
+    model.config.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=get_peft_state_maybe_zero_3(model.named_parameters(), "none"))
+    others = {n: p.detach().clone() for n, p in model.named_parameters() if "mm_projector" in n}
+    torch.save(others, folder / "non_lora_trainables.bin")
+    return model
+
+
+@pytest.mark.parametrize("on_llava", [False, True])
+def test_lora_with_its_other_weights(mini, stage2, image, tmp_path, on_llava):
+    base = published(stage2, mini, tmp_path / "llava-base", safe=True, kind="llava_llama") if on_llava else None
+    folder = tmp_path / "llava-tiny-lora"
+    trained = lora_folder(stage2, mini, folder, base)
+    loaded = load_pretrained(folder, base or mini.llm, device="cpu")
+    merged = trained.merge_and_unload().state_dict()
+    for name, got in loaded.model.state_dict().items():
+        if "vision_tower" not in name:
+            assert torch.allclose(got, merged[name], atol=1e-5), name
+    assert len(answer(loaded, image)) == 8
+
+    with pytest.raises(CheckpointError, match="is a LoRA; give its base"):
+        load_pretrained(folder, device="cpu")
+    from hacl_llava.miniature import models
+
+    config = json.loads((folder / "config.json").read_text())
+    models.make_llm(tmp_path / "other", layers=1)
+    with pytest.raises(CheckpointError, match="num_hidden_layers 1"):
+        load_pretrained(folder, tmp_path / "other", device="cpu")
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))  # a base that lies about it
+    with pytest.raises(CheckpointError, match=r"does not fit the base, which has no such layer"):
+        load_pretrained(folder, tmp_path / "other", device="cpu")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "non_lora_trainables.bin").rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="no non_lora_trainables.bin; perhaps it was not written to its end"):
+        load_pretrained(folder, base or mini.llm, device="cpu")
+
+
+def test_hugging_face_format(mini, stage2, image, tmp_path):
+    folder = published(stage2, mini, tmp_path / "llava-tiny", kind="llava_llama")
+    want = answer(load_pretrained(folder, device="cpu"), image)
+    checkpoint.export_to_hf(folder, tmp_path / "hf")
+    loaded = load_pretrained(tmp_path / "hf", device="cpu")
+    assert type(loaded.model).__name__ == "LlavaLlamaForCausalLM" and answer(loaded, image) == want
+    assert loaded.model.config.mm_vision_tower == str(mini.clip)
+    assert torch.equal(
+        loaded.model.get_vision_tower().vision_tower.state_dict()[next(iter(stage2[0].get_vision_tower().vision_tower.state_dict()))],
+        next(iter(stage2[0].get_vision_tower().vision_tower.state_dict().values())),
+    )  # fmt: skip
+    assert answer(load_pretrained(tmp_path / "hf", device="cpu", vision_tower=mini.clip), image) == want
+
+
+def test_layout_of_the_official_hacl_release(mini, stage2, image, tmp_path):
+    """Heads, temperature and queue among the model's own (X-PLUG/mPLUG-HalOwl, hacl/llava/model/llava_arch.py)."""
+    width = stage2[0].config.hidden_size
+    torch.manual_seed(4)
+    heads = {
+        **{f"model.{m}_projector.weight": torch.randn(width // 4, width).half() for m in ("vision", "text")},
+        **{f"model.{m}_projector.bias": torch.randn(width // 4).half() for m in ("vision", "text")},
+        "model.itc_temp": torch.tensor(0.1),
+        **{f"model.{m}_queue": torch.randn(width // 4, 16) for m in ("image", "text")},
+        "model.queue_ptr": torch.zeros(1, dtype=torch.long),
+    }
+    folder = published(
+        stage2, mini, tmp_path / "llava-hacl-official", extra=heads, calculate_contrastive_loss=True, use_queue=True,
+        queue_size=16,
+    )  # fmt: skip
+    plain = load_pretrained(folder, device="cpu")
+    want = answer(plain, image)
+    loaded = load_pretrained(folder, device="cpu", hacl=True)
+    model = loaded.model
+    assert answer(loaded, image) == want and type(model).__name__ == "HaclLlavaLlamaForCausalLM"
+    assert torch.equal(model.hacl_head.visual.weight, heads["model.vision_projector.weight"].float())
+    assert torch.equal(model.hacl_head.text.bias, heads["model.text_projector.bias"].float())
+    assert model.hacl_head.log_temperature.exp().item() == pytest.approx(0.1, rel=1e-5)
+    assert model.hacl_config.queue_size == 16 and model.hacl_config.negatives == "batch"
+    model.save_pretrained(tmp_path / "llava-again")
+    loaded.tokenizer.save_pretrained(tmp_path / "llava-again")
+    assert not [n for n in Weights(tmp_path / "llava-again") if "hacl" in n or "itc_temp" in n or "text_proj" in n]
+    del heads["model.itc_temp"]
+    half = published(stage2, mini, tmp_path / "llava-hacl-half", extra=heads)
+    with pytest.raises(CheckpointError, match="itc_temp is missing"):
+        load_pretrained(half, device="cpu", hacl=True)
+
+
+def test_our_heads_go_on(mini, stage2, tmp_path):
+    from hacl_llava.trainer import save_head
+
+    model, _ = load(mini, head_dim=12, queue_size=3, temperature=0.2)
+    with torch.no_grad():
+        model.hacl_head.log_temperature.add_(0.1)
+    model.config.save_pretrained(tmp_path / "stage1")
+    state = {f"model.mm_projector.{k}": v for k, v in model.get_model().mm_projector.state_dict().items()}
+    torch.save(state, tmp_path / "stage1/mm_projector.bin")
+    save_head(model, tmp_path / "stage1")
+    again = load_pretrained(tmp_path / "stage1", mini.llm, device="cpu", hacl=True).model
+    assert again.hacl_config == model.hacl_config
+    for k, v in model.hacl_head.state_dict().items():
+        assert torch.equal(again.hacl_head.state_dict()[k], v)
+    assert type(load_pretrained(tmp_path / "stage1", mini.llm, device="cpu").model).__name__ == "LlavaLlamaForCausalLM"
+    from hacl_llava.config import HaclConfig, HaclError
+
+    with pytest.raises(HaclError, match="holds heads of the shapes"):
+        again.load_hacl_head(tmp_path / "stage1", 2, HaclConfig(head_dim=8))
+    (tmp_path / "stage1/hacl_head.safetensors").write_bytes(b"nothing")
+    with pytest.raises(HaclError, match="cannot be read"):
+        load_pretrained(tmp_path / "stage1", mini.llm, device="cpu", hacl=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["HACL_TEST_MARK"],)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(mini, stage2, tmp_path, monkeypatch):
+    monkeypatch.setenv("HACL_TEST_MARK", str(tmp_path / "ran"))
+    os.system(Evil().__reduce__()[1][0])  # control: the code does what the test looks for
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    folder = published(stage2, mini, tmp_path / "llava-tiny", sharded=False)
+    projector = tmp_path / "llava-projector"
+    projector.mkdir()
+    shutil.copy(folder / "config.json", projector)
+    for write in (torch.save, lambda value, file: Path(file).write_bytes(pickle.dumps(value))):
+        write({"model.mm_projector.0.weight": Evil()}, folder / "pytorch_model.bin")
+        write({"model.mm_projector.0.weight": Evil()}, projector / "mm_projector.bin")
+        for path, base in ((folder, None), (projector, mini.llm)):
+            with pytest.raises(CheckpointError, match="cannot be read"):
+                load_pretrained(path, base, device="cpu")
+    lora = tmp_path / "llava-lora"
+    lora_folder(stage2, mini, lora)
+    for file in lora.glob("adapter_model.*"):
+        file.unlink()
+    torch.save({"base_model.model.lm_head.lora_A.weight": Evil()}, lora / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="adapter_model.bin: cannot be read .* may hold code, which is not run"):
+        load_pretrained(lora, mini.llm, device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_does_not_fit_is_named(mini, stage2, tmp_path):
+    folder = published(stage2, mini, tmp_path / "llava-tiny", kind="llava_llama")
+    shards = sorted(folder.glob("*.bin"))
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(match, **values):
+        (folder / "config.json").write_text(
+            json.dumps({k: v for k, v in {**config, **values}.items() if v is not None})
+        )
+        with pytest.raises(CheckpointError, match=match):
+            load_pretrained(folder, device="cpu")
+        (folder / "config.json").write_text(json.dumps(config))
+
+    refused(
+        r"pytorch_model-0000\d-of-00002.bin: tensor .* has the shape \[.*\], config.json asks for", intermediate_size=99
+    )
+    refused("lacks .* tensors that config.json asks for", num_hidden_layers=3)
+    refused("belongs to no part of LlavaLlamaForCausalLM", num_hidden_layers=1)
+    refused("names no mm_vision_tower, so this is no LLaVA checkpoint", mm_vision_tower=None)
+    refused("the hub does not give it", mm_vision_tower="someone/clip-of-nowhere")
+    refused("MPT is not supported", model_type="llava_mpt")
+    with pytest.raises(CheckpointError, match="takes no base"):
+        load_pretrained(folder, mini.llm, device="cpu")
+    with pytest.raises(CheckpointError, match="is no folder"):
+        load_pretrained(tmp_path / "nowhere", device="cpu")
+    with pytest.raises(CheckpointError, match="the hub does not give it"):
+        load_pretrained("someone/llava-of-nowhere", device="cpu")
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[: len(content) // 2])
+    refused(f"{shards[0].name}: cannot be read")
+    shards[0].unlink()
+    refused(f"names {shards[0].name}, not there")
+    (folder / "pytorch_model.bin.index.json").unlink()
+    refused("holds neither a model's weights, nor an mm_projector.bin")
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config.json: cannot be read"):
+        load_pretrained(folder, device="cpu")
+
+
+def test_a_tuned_tower_is_the_checkpoints_own(mini, stage2, image, tmp_path):
+    model, _ = stage2
+    plain = published(stage2, mini, tmp_path / "llava-plain", kind="llava_llama", safe=True)
+    tower = model.get_vision_tower().vision_tower
+    before = {k: v.clone() for k, v in tower.state_dict().items()}
+    with torch.no_grad():
+        for p in tower.parameters():
+            p.mul_(1.25)
+    tuned = published(
+        stage2, mini, tmp_path / "llava-tuned", kind="llava_llama", safe=True, unfreeze_mm_vision_tower=True
+    )
+    tower.load_state_dict(before)
+    got = load_pretrained(tuned, device="cpu").model.get_vision_tower().vision_tower.state_dict()
+    same = load_pretrained(plain, device="cpu").model.get_vision_tower().vision_tower.state_dict()
+    for name, value in before.items():
+        if value.is_floating_point():
+            assert torch.allclose(same[name], value, rtol=2e-3, atol=1e-6), name
+            assert torch.allclose(got[name], value * 1.25, rtol=2e-3, atol=1e-6), name
+
+
+def test_quantized(mini, stage2, image, tmp_path):
+    from hacl_llava.config import HaclError
+
+    folder = published(stage2, mini, tmp_path / "llava-tiny", kind="llava_llama", safe=True)
+    with pytest.raises(HaclError, match="allowed are 4 and 8"):
+        load_pretrained(folder, device="cpu", bits=2)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(HaclError, match=r"pip install 'hacl-llava\[quantize\]'"):
+            load_pretrained(folder, device="cpu", bits=4)
+        pytest.skip("bitsandbytes is not installed")
+    import transformers
+
+    if not torch.cuda.is_available() and transformers.__version__.startswith("4.37"):
+        pytest.skip("this transformers quantizes on a GPU alone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = load_pretrained(folder, device="cpu", bits=4)
+    layer = loaded.model.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit"
+    assert type(loaded.model.get_model().mm_projector[0]) is torch.nn.Linear
+    # Near the model's own numbers. (One token at a time, a CPU wants sizes that 64 divides, which 160 is not.)
+    whole = load_pretrained(folder, device="cpu")
+    ids = torch.tensor([[1, *range(300, 330)]])
+    with torch.inference_mode(False):
+        got, want = (x.model(input_ids=ids).logits[0].detach().float() for x in (loaded, whole))
+    assert torch.nn.functional.cosine_similarity(got, want).mean() > 0.9
+    assert not torch.equal(got, want)

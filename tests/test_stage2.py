@@ -1,0 +1,307 @@
+"""Stage 2 through its door: checkpoints that appear whole, resume, and the way from stage 1 to an answer."""
+
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments
+from test_e2e import ROOT, launch, run
+
+from hacl_llava.checkpoint import Weights
+
+LORA = (
+    "--lora_enable",
+    "True",
+    "--lora_r",
+    "4",
+    "--lora_alpha",
+    "8",
+    "--mm_projector_lr",
+    "1e-3",
+    "--lora_dropout",
+    "0.1",
+)
+MODES = {"full": (), "lora": LORA, "hacl": ("--use_hacl", "True", "--hacl_queue_size", "5")}
+
+
+@pytest.fixture(scope="module")
+def stage1(mini, tmp_path_factory):
+    """Stage 1 with HACL under DeepSpeed ZeRO-2 on two processes."""
+    folder = tmp_path_factory.mktemp("stage1") / "llava-hacl-pretrain"
+    launch(
+        2,
+        "scripts/pretrain_hacl.py",
+        "--deepspeed",
+        "zero_configs/zero2.json",
+        *arguments(mini, folder, "--bf16", "True"),
+    )
+    return folder
+
+
+def stage2(mini, output, projector, *more):
+    argv = arguments(mini, output)
+    for flag, value in (("--tune_mm_mlp_adapter", "False"), ("--version", "v1"), ("--save_strategy", "steps")):
+        argv[argv.index(flag) + 1] = value
+    argv += [
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "2",
+        "--image_aspect_ratio",
+        "pad",
+        "--num_train_epochs",
+        "2",
+        *more,
+    ]
+    return ["scripts/finetune_hacl.py", *argv, *(("--pretrain_mm_mlp_adapter", projector) if projector else ())]
+
+
+def final(folder):
+    """Every tensor that a finished run left."""
+    files = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin", "model.safetensors")
+    found = {}
+    for name in files:
+        if (folder / name).exists():
+            weights = Weights(folder / name)
+            found |= {(name, n): weights[n].float() for n in weights}
+    return found
+
+
+def losses(folder):
+    return [x["loss"] for x in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in x]
+
+
+def checkpoints(folder):
+    return sorted((p.name for p in folder.glob("checkpoint-*")), key=lambda n: int(n.split("-")[1]))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
+    """kill -9 again and again, in the middle of steps and of saving; after each, what is there is whole."""
+    flags = (*MODES[mode], "--use_cpu", "True")
+    run(sys.executable, *stage2(mini, tmp_path / "whole", None, *flags))
+    assert checkpoints(tmp_path / "whole") == ["checkpoint-7", "checkpoint-8"]  # 64 / 8 steps, each saved, two kept
+    assert not (tmp_path / "whole/unfinished").exists()
+
+    command = [sys.executable, *map(str, stage2(mini, tmp_path / "killed", None, *flags))]
+    chance, kills, in_saving = random.Random(4), 0, 0
+    while True:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        seen = checkpoints(tmp_path / "killed")
+        while process.poll() is None and kills < 6 and checkpoints(tmp_path / "killed") == seen:
+            if kills % 2 and (tmp_path / "killed/unfinished").exists():
+                break
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.05)
+        if kills == 6 or process.poll() is not None:
+            errors = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, errors[-2000:]
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+        in_saving += (tmp_path / "killed/unfinished").exists()
+        for name in checkpoints(tmp_path / "killed"):
+            assert (tmp_path / "killed" / name / "trainer_state.json").exists()
+            assert list(Weights(_model_file(tmp_path / "killed" / name)))
+    assert kills >= 4 and in_saving >= 1, (kills, in_saving)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    got, want = final(tmp_path / "killed"), final(tmp_path / "whole")
+    assert got.keys() == want.keys() and len(want) > 10
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    if mode == "hacl":
+        assert not [n for _, n in want if "hacl" in n]
+        heads = [Weights(tmp_path / x / "hacl_head.safetensors") for x in ("killed", "whole")]
+        assert all(torch.equal(heads[0][n], heads[1][n]) for n in heads[1])
+    if mode == "lora":
+        assert all("mm_projector" in n for f, n in want if f == "non_lora_trainables.bin")
+        # control: without what trains beside the LoRA, resuming gives other weights
+        assert (tmp_path / "whole/checkpoint-8/non_lora_trainables.bin").exists()
+
+
+def _model_file(folder):
+    return next(folder / n for n in ("model.safetensors", "adapter_model.safetensors", "adapter_model.bin")
+                if (folder / n).exists())  # fmt: skip
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_full_disk_while_saving(mini, tmp_path, mode):
+    """One line, exit status 2, nothing half-written; with room, the same command goes on."""
+    flags = (*MODES[mode], "--use_cpu", "True")
+    command = [sys.executable, *map(str, stage2(mini, tmp_path / "out", None, *flags, "--save_steps", "3"))]
+    done = run(*command)
+    assert checkpoints(tmp_path / "out") == ["checkpoint-6", "checkpoint-8"]
+    whole = {name: final(tmp_path / "out" / name) for name in checkpoints(tmp_path / "out")}
+    state = (tmp_path / "out/checkpoint-8/trainer_state.json").read_bytes()
+
+    largest = max(p.stat().st_size for p in (tmp_path / "out/checkpoint-8").iterdir())
+    longer = [*command, "--num_train_epochs", "3"]
+    full = subprocess.run(
+        longer, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest * 2 // 3, largest * 2 // 3)),
+    )  # fmt: skip
+    assert full.returncode == 2, full.stderr[-2000:]
+    lines = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "cannot be written" in lines[0] and "give the same command again" in lines[0]
+    assert "Traceback" not in full.stderr
+    assert checkpoints(tmp_path / "out") == ["checkpoint-6", "checkpoint-8"]
+    assert (tmp_path / "out/checkpoint-8/trainer_state.json").read_bytes() == state
+    for name, tensors in whole.items():
+        now = final(tmp_path / "out" / name)
+        assert tensors.keys() == now.keys() and all(torch.equal(now[k], tensors[k]) for k in now)
+    assert not list((tmp_path / "out").glob("unfinished/checkpoint-*"))
+    run(*longer)
+    assert checkpoints(tmp_path / "out")[-1] == "checkpoint-12" and done.returncode == 0
+
+
+PLAIN = """
+import sys, json, torch, transformers
+from PIL import Image
+folder, image = sys.argv[1:]
+try:
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+except TypeError:  # transformers before 4.46
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor = transformers.LlavaProcessor(transformers.CLIPImageProcessor.from_pretrained(folder), tokenizer)
+model = transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval().float()
+inputs = processor(text=sys.stdin.read(), images=Image.open(image).convert("RGB"), return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=8, do_sample=False, min_new_tokens=8)[0]
+assert "llava" not in sys.modules and "hacl_llava" not in sys.modules
+print(json.dumps(out[-8:].tolist()))
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.distributed
+@pytest.mark.parametrize("config, mode", [("zero2", "full"), ("zero3", "full"), ("zero2", "lora"), ("zero3", "lora")])
+def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, config, mode):
+    """Stage 1 (HACL, ZeRO-2) -> stage 2, killed and resumed -> merged -> exported -> answers in plain transformers."""
+    output = tmp_path / ("llava-tiny-lora" if mode == "lora" else "llava-tiny")
+    command = stage2(
+        mini, output, stage1 / "mm_projector.bin", *MODES[mode], "--deepspeed", f"zero_configs/{config}.json",
+        *("--bf16", "True"),
+    )  # fmt: skip
+    # stopped after two steps (of 4), then the same command again
+    launch(2, *command, "--max_steps", "2")
+    assert checkpoints(output)[-1] == "checkpoint-2"
+    done = launch(2, *command, "--max_steps", "4")
+    assert checkpoints(output)[-1] == "checkpoint-4" and not (output / "unfinished").exists()
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert [x["step"] for x in state["log_history"] if "loss" in x] == [1, 2, 3, 4]
+    assert "hacl" not in json.loads((output / "config.json").read_text())
+    assert done.returncode == 0
+
+    cli = [sys.executable, "-m", "hacl_llava.cli"]
+    whole = output
+    if mode == "lora":
+        done = run(*cli, "export", "--to", "hf", output, tmp_path / "no", check=False)
+        assert done.returncode == 2 and "is a LoRA; merge it first" in done.stderr
+        whole = tmp_path / "llava-merged"
+        run(*cli, "export", "--to", "llava", "--base", mini.llm, output, whole)
+        run(*cli, "card", output)  # in place of peft's empty form
+    run(*cli, "export", "--to", "hf", whole, tmp_path / "hf")
+    from test_loading import QUESTION, answer, stock_answer
+
+    from hacl_llava.loading import load_pretrained
+
+    image = mini.images / records[0]["image"]
+    base = mini.llm if mode == "lora" else None
+    ours = load_pretrained(output, base, device="cpu")
+    before = Weights(stage1 / "mm_projector.bin")["model.mm_projector.0.weight"].float()
+    assert not torch.equal(ours.model.get_model().mm_projector[0].weight, before)  # it was trained
+    ours.model.config.image_aspect_ratio = "square"  # as plain transformers does
+    want = answer(ours, image)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, tmp_path / "hf", image], input=QUESTION, capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == want
+    stock_answer(whole, image)  # loads, and answers (in float16's rounding)
+
+
+@pytest.mark.e2e
+def test_qlora(mini, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    if not torch.cuda.is_available() and transformers.__version__.startswith("4.37"):
+        pytest.skip("this transformers quantizes on a GPU alone")
+    output = tmp_path / "llava-tiny-qlora"
+    command = stage2(mini, output, None, *LORA, "--bits", "4", "--bf16", "True", "--use_cpu", "True")
+    run(sys.executable, *command, "--max_steps", "2")
+    run(sys.executable, *command, "--max_steps", "4")
+    assert len(losses(output)) == 4
+    names = {n for _, n in final(output)}
+    assert any("lora_A" in n for n in names) and not any("absmax" in n for n in names)
+    from hacl_llava.loading import load_pretrained
+
+    assert load_pretrained(output, mini.llm, device="cpu").model.dtype == torch.float32
+
+
+@pytest.mark.e2e
+def test_script_of_the_real_run_as_it_is(mini, stage1, tmp_path):
+    """scripts/finetune_7b.sh with the miniature's paths; on a CPU without tf32."""
+    from hacl_llava.demo import free_port
+
+    env = {
+        "JSON": str(mini.data), "IMAGES": str(mini.images), "LLM": str(mini.llm), "TOWER": str(mini.clip),
+        "PROJECTOR": str(stage1 / "mm_projector.bin"), "OUTPUT": str(tmp_path / "out"), "MODE": "lora",
+        "LAUNCHER_ARGS": f"--num_gpus 1 --master_port {free_port()}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    run("bash", "scripts/finetune_7b.sh", "--tf32", "False", "--per_device_train_batch_size", "8", **env)
+    assert (tmp_path / "out/non_lora_trainables.bin").exists()
+    done = run("bash", "scripts/finetune_7b.sh", check=False, **{**env, "MODE": "half"})
+    assert done.returncode == 2 and "allowed are full, offload, lora, qlora" in done.stderr
+
+
+@pytest.mark.e2e
+def test_wrong_settings_end_with_one_line(mini, tmp_path):
+    def refused(match, projector, *more):
+        done = run(sys.executable, *stage2(mini, tmp_path / "out", projector, "--use_cpu", "True", *more), check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert re.search(match, done.stderr.strip().splitlines()[-1]), done.stderr[-500:]
+
+    refused("is stage 1: use scripts/pretrain_hacl.py", None, "--tune_mm_mlp_adapter", "True")
+    refused("nowhere.bin", tmp_path / "nowhere.bin")
+    torch.save({"model.mm_projector.0.weight": torch.zeros(96, 64), "model.mm_projector.2.weight": torch.zeros(96, 96)},
+               tmp_path / "other.bin")  # fmt: skip
+    refused("projects to 96 features, .* has the hidden_size 64", tmp_path / "other.bin")
+    torch.save({"something": torch.zeros(1)}, tmp_path / "other.bin")
+    refused("holds no mm_projector", tmp_path / "other.bin")
+
+
+@pytest.mark.e2e
+def test_vicunas_generation_settings_can_be_saved(mini, tmp_path):
+    import shutil
+
+    shutil.copytree(mini.llm, tmp_path / "vicuna")
+    settings = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (tmp_path / "vicuna/generation_config.json").write_text(json.dumps(settings))
+    command = stage2(mini, tmp_path / "out", None, "--use_cpu", "True", "--max_steps", "1")
+    command[command.index("--model_name_or_path") + 1] = tmp_path / "vicuna"
+    run(sys.executable, *command)
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["do_sample"] is True
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == (mini.llm / "tokenizer.model").read_bytes()
+
+
+def test_help_of_stage_two(capsys, monkeypatch):
+    from hacl_llava.train import main
+
+    monkeypatch.setattr(sys, "argv", ["finetune_hacl.py", "--help"])
+    assert main(stage=2) == 0
+    text = capsys.readouterr().out
+    assert "--pretrain_mm_mlp_adapter" in text and "tune_mm_mlp_adapter" not in text.replace("pretrain_mm_mlp", "")
+    assert "goes on from the last checkpoint" in text and "(default: False)" in text
