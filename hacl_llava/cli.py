@@ -76,22 +76,74 @@ def _hallucinate(args):
 
 
 def _export(args):
+    from . import hub
     from .checkpoint import export_to_hf, import_from_hf
 
+    _check_hub_arguments(args)
     if args.to == "hf":
         export_to_hf(args.source, args.target, args.base, args.vision_tower)
     elif args.base:
-        raise HaclError("--base is for --to hf, where a projector needs its language model.")
+        from .loading import merge
+
+        merge(args.source, args.target, args.base, args.vision_tower)
     else:
         import_from_hf(args.source, args.target, args.vision_tower)
     print(f"{args.target}: written.")
+    hub.write_card(args.target, args.evaluation, args.source, args.base)
+    return _push(args, args.target)
+
+
+def _card(args):
+    from . import hub
+
+    _check_hub_arguments(args)
+    card = hub.write_card(args.folder, args.evaluation)
+    if card is None and (args.evaluation or not args.push_to_hub):
+        raise HaclError(f"{args.folder}/{hub.CARD}: is not one that hacl_llava wrote, so it is kept; rename it first.")
+    print(f"{card}: written." if card else f"{args.folder}/{hub.CARD}: not one that hacl_llava wrote; kept as it is.")
+    return _push(args, args.folder)
+
+
+def _check_hub_arguments(args):
+    """Say before long work what would stop the card or the push after it."""
+    from . import hub
+
+    if args.public and not args.push_to_hub:
+        raise HaclError("--public is for --push_to_hub, which it makes readable for all.")
+    if args.evaluation:
+        hub.read_evaluation(args.evaluation)
+    if args.push_to_hub:
+        hub.client(args.push_to_hub)
+
+
+def _push(args, folder):
+    from . import hub
+
+    if args.push_to_hub:
+        url, private = hub.push(folder, args.push_to_hub, private=not args.public)
+        print(f"{url}: pushed, {'private' if private else 'public'}.")
     return 0
+
+
+def _chat(args):
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
+    from .chat import run
+
+    return run(args)
 
 
 def _demo(args):
     from .demo import run
 
     return run(args.output, images=args.images, epochs=args.epochs, seed=args.seed, processes=args.processes)
+
+
+def _add_hub_arguments(command):
+    command.add_argument("--evaluation", metavar="FILE", help="json file of results for the model card")
+    command.add_argument("--push_to_hub", metavar="USER/NAME", help="push the folder there, private if it is new")
+    command.add_argument("--public", action="store_true", help="with --push_to_hub: for all to read")
 
 
 def _parser():
@@ -134,14 +186,43 @@ def _parser():
         "export",
         help="a LLaVA checkpoint in Hugging Face's format, or back",
         description="Write a LLaVA checkpoint as Hugging Face's LlavaForConditionalGeneration with its processor (what "
-        "vLLM serves), or such a checkpoint as LLaVA's own.",
+        "vLLM serves), or such a checkpoint as LLaVA's own; with --base, a LoRA or projector merged into a whole one.",
     )
     command.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or of a stage-1 run with --base")
     command.add_argument("target", metavar="TARGET", help="folder to write")
     command.add_argument("--to", choices=("hf", "llava"), required=True, help="the format to write")
-    command.add_argument("--base", metavar="LLM", help="the language model of a projector alone")
+    command.add_argument("--base", metavar="LLM", help="the language model of a projector or LoRA")
     command.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
+    _add_hub_arguments(command)
     command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "card",
+        help="a model card for a checkpoint's folder, and its way to the hub",
+        description="Write README.md, the model card, into a checkpoint's folder from what its files say, and push the "
+        "folder to the Hugging Face hub where that is asked for.",
+    )
+    command.add_argument("folder", metavar="FOLDER", help="stage-1 folder, LoRA, LLaVA checkpoint, or Hugging Face's")
+    _add_hub_arguments(command)
+    command.set_defaults(run=_card)
+
+    command = commands.add_parser(
+        "chat",
+        help="talk with a checkpoint about an image, in the terminal",
+        description="A first look at any LLaVA checkpoint: talk with it about an image, or ask one --question. The "
+        "answer goes to stdout as it comes, everything else to stderr.",
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub id of a checkpoint, or of a projector")
+    command.add_argument("--base", metavar="LLM", help="the language model of a projector or LoRA")
+    command.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
+    command.add_argument("--image", metavar="FILE", help="the image to talk about")
+    command.add_argument("--question", metavar="TEXT", help="answer this on stdout and end")
+    command.add_argument("--conv", metavar="NAME", help="conversation template (default: by the kind of checkpoint)")
+    command.add_argument("--bits", type=int, choices=(4, 8), help="load the language model quantized")
+    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    command.add_argument("--temperature", type=float, default=0, help="0: no sampling (default: %(default)s)")
+    command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default: %(default)s)")
+    command.set_defaults(run=_chat)
 
     command = commands.add_parser(
         "demo",

@@ -18,8 +18,8 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for command in ("env", "patch", "demo"):
-        assert f"\n    {command} " in out
+    for command in ("env", "patch", "hallucinate", "export", "card", "chat", "demo"):
+        assert f"\n    {command}" in out
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert __version__ in capsys.readouterr().out

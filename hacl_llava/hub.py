@@ -1,0 +1,508 @@
+"""Model cards for checkpoint folders, and the way of such a folder to the Hugging Face hub. Floor 2.
+
+Nothing heavy is imported before it is needed: `checkpoint` brings torch with it.
+"""
+
+import json
+import math
+import os
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from . import __version__
+from .config import HaclError
+
+CARD = "README.md"
+_MARK = "<!-- hacl_llava card: "
+_KNOWN = (
+    "a stage-1 folder (mm_projector.bin, config.json), LoRA (adapter_config.json), a whole LLaVA checkpoint, or one "
+    "in Hugging Face's format (LlavaForConditionalGeneration)"
+)
+_LEFT_OUT = (  # the state of a run, half-written files, hidden ones: none of it belongs to the model
+    *("checkpoint-*", "global_step*", "optimizer*", "scheduler*", "rng_state*", "latest", "zero_to_fp32.py"),
+    *("unfinished/*", "training_args.bin", "*.part", "*.part/*", "runs/*", "wandb/*", ".*"),
+)
+_LEFT_OUT += tuple(f"*/{pattern}" for pattern in _LEFT_OUT)
+_NEEDED = {
+    "stage1": ("mm_projector.bin", "config.json"),
+    "lora": ("adapter_config.json", "non_lora_trainables.bin", "config.json"),
+    "llava": ("config.json", "tokenizer_config.json"),
+    "hf": ("config.json", "tokenizer_config.json", "preprocessor_config.json"),
+}
+_LOGGED = ("loss", "loss_lm", "loss_i2t", "loss_t2i", "temperature", "retrieval_accuracy", "closer_to_true")
+_RESULT = '{"task": "POPE random", "metric": "f1", "value": 0.87, "interval": [0.85, 0.89]}'
+
+
+def _kind_of(folder):
+    """One of ``stage1``, ``lora``, ``llava`` and ``hf``; a folder that is none of them is refused."""
+    from .checkpoint import CheckpointError, is_whole, read_json
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder; give {_KNOWN}.")
+    config = _dict(read_json(folder / "config.json")) if (folder / "config.json").exists() else {}
+    if (folder / "adapter_config.json").exists():
+        return "lora"
+    if "LlavaForConditionalGeneration" in (config.get("architectures") or ()):
+        return "hf"
+    if is_whole(folder) and "mm_vision_tower" in config:
+        return "llava"
+    if (folder / "mm_projector.bin").exists():
+        return "stage1"
+    raise CheckpointError(f"{folder}: is no checkpoint that is known here, which are {_KNOWN}.")
+
+
+# ---- what the files say
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def _is_hub_id(name):
+    # LLaVA's scripts write to ./checkpoints/NAME, which looks like an id on another machine.
+    looks = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.startswith("checkpoints/")
+    return bool(looks) and not Path(name).exists()
+
+
+def _named(value):
+    """A model's name for others to read: a hub id as it is, of a path no more than its last part."""
+    value = str(value)
+    if cached := re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots", value):
+        return f"{cached[1]}/{cached[2]}"
+    return value if _is_hub_id(value) else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+
+
+def _shown(value):
+    return f"{value:.4g}" if isinstance(value, float) else _named(value) if isinstance(value, str) else str(value)
+
+
+def _facts(folder):
+    """What the files of a folder say of its making, fit to be published; nothing is unpickled.
+
+    Returns:
+        base: the language model's name. tower: the vision tower's. hacl, training, versions: {name: text}.
+    """
+    from .checkpoint import CheckpointError, read_json
+
+    def read(name):
+        return _dict(read_json(folder / name)) if (folder / name).exists() else {}
+
+    config, adapter, state = read("config.json"), read("adapter_config.json"), read("trainer_state.json")
+    head = {}
+    if (folder / "hacl_head.safetensors").exists():
+        from safetensors import safe_open
+
+        try:
+            with safe_open(folder / "hacl_head.safetensors", "pt") as file:
+                head = file.metadata() or {}
+            hacl = json.loads(head.get("hacl", "{}"))
+        except Exception as error:
+            raise CheckpointError(f"{folder}/hacl_head.safetensors: cannot be read ({type(error).__name__}).") from None
+    else:
+        hacl = {}
+    base = adapter.get("base_model_name_or_path") or config.get("_name_or_path")
+    tower = config.get("mm_vision_tower") or _dict(config.get("hacl_llava")).get("mm_vision_tower")
+    log = [entry for entry in state.get("log_history") or () if isinstance(entry, dict)]
+    last = next((entry for entry in reversed(log) if "loss" in entry), {})
+    rates = [entry["learning_rate"] for entry in log if isinstance(entry.get("learning_rate"), (int, float))]
+    training = {
+        "steps": state.get("global_step"),
+        "epochs": state.get("epoch"),
+        "batch size of a device": state.get("train_batch_size"),
+        "highest logged learning rate": max(rates, default=None),
+        **{f"last logged {name}": last.get(name) for name in _LOGGED},
+        "LoRA rank": adapter.get("r"),
+        "LoRA alpha": adapter.get("lora_alpha"),
+    }
+    versions = {
+        "hacl_llava of the training": head.get("hacl_llava"),
+        "transformers": config.get("transformers_version"),
+        "peft": adapter.get("peft_version"),
+    }
+    facts = {"hacl": _dict(config.get("hacl")) or _dict(hacl), "training": training, "versions": versions}
+    facts = {part: {k: _shown(v) for k, v in values.items() if v is not None} for part, values in facts.items()}
+    # transformers writes the folder itself there where a checkpoint was loaded and saved again
+    base = base if base and _named(base) != _name_of(folder) else None
+    return {"base": base and _named(base), "tower": tower and _named(tower), **facts}
+
+
+def _merged(facts, others):
+    """``facts``, with what is missing there from ``others``."""
+    return {part: value or others.get(part) or value for part, value in facts.items()}
+
+
+def _remembered(card):
+    """The facts that a card of ours holds; None where it is somebody else's, or is not there."""
+    from .checkpoint import CheckpointError
+
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{card}: cannot be read ({error.strerror}).") from None
+    if "library_name: peft" in text and text.count("[More Information Needed]") > 5:
+        return {}  # peft's own form beside an adapter, which nobody has filled in
+    found = re.search(f"^{re.escape(_MARK)}(.*)$", text, re.M)
+    try:
+        return found and _dict(json.loads(found[1]))
+    except ValueError:  # edited by hand: the files alone are told of
+        return {}
+
+
+def read_evaluation(path):
+    """Read evaluation results, as a model card shows them.
+
+    Args:
+        path: a json file, a list of {"task": "POPE random", "metric": "f1", "value": 0.87, "interval": [0.85, 0.89]};
+            the interval may be missing.
+
+    Raises:
+        HaclError: it is no such file; the message names the entry.
+    """
+
+    def number(value):
+        try:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return False
+
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HaclError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise HaclError(f"{path}: is not json ({error}).") from None
+    if not isinstance(results, list) or not results:
+        raise HaclError(f"{path}: holds {str(results)[:60]}, expected a list of results like {_RESULT}.")
+    seen = set()
+    for i, result in enumerate(results):
+
+        def refuse(what, i=i):
+            raise HaclError(f"{path}: result {i} {what}; expected is {_RESULT} (interval may be missing).")
+
+        if not isinstance(result, dict):
+            refuse(f"is a {type(result).__name__}")
+        if unknown := sorted(set(result) - {"task", "metric", "value", "interval"}):
+            refuse(f"has the unknown keys {unknown}")
+        for key in ("task", "metric"):
+            text = result.get(key)
+            if not isinstance(text, str) or not text.strip() or not text.isprintable():
+                refuse(f"has the {key} {text!r}, expected a line of text")
+        if not number(result.get("value")):
+            refuse(f"has the value {result.get('value')!r}, expected a finite number")
+        interval = result.get("interval", [0, 0])
+        if not isinstance(interval, list) or len(interval) != 2 or not all(map(number, interval)):
+            refuse(f"has the interval {interval!r}, expected two finite numbers")
+        if interval[0] > interval[1]:
+            refuse(f"has the interval {interval!r}, which begins above its end")
+        if (result["task"], result["metric"]) in seen:
+            refuse(f"repeats {result['metric']} of {result['task']}")
+        seen.add((result["task"], result["metric"]))
+    return results
+
+
+# ---- the card
+
+
+def _name_of(folder):
+    return Path(os.path.abspath(folder)).name
+
+
+def _table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _what(kind, facts):
+    base, tower, unnamed = facts["base"], facts["tower"], "not named in the files"
+    text = {
+        "stage1": "The projector of a LLaVA model after stage 1 (feature alignment): it turns the vision tower's "
+        "features into the language model's embeddings. The language model and the tower are not in here.",
+        "lora": "LoRA weights of a LLaVA model, with the projector beside them (`non_lora_trainables.bin`). The "
+        "language model is not in here.",
+        "llava": "A whole LLaVA model in LLaVA's own format.",
+        "hf": "A whole LLaVA model in Hugging Face's format (`LlavaForConditionalGeneration`), for plain transformers "
+        "and vLLM.",
+    }[kind]
+    text += f"\n\n- Language model: {base or unnamed}"
+    text += f"\n- Vision tower: {tower or ('in the weights' if kind == 'hf' else unnamed)}"
+    if facts["hacl"]:
+        return text + (
+            "\n- Trained with [HACL](https://arxiv.org/abs/2312.06968) in stage 1: the representation of an image is "
+            "pulled to that of its caption, and pushed from those of other captions and of hallucinated captions."
+        )
+    return text + "\n- The files hold no HACL settings: whether stage 1 was trained with HACL cannot be said from them."
+
+
+def _loading(kind, name, facts):
+    base = facts["base"] or "the-language-model"
+    base = json.dumps(base if _is_hub_id(base) else f"path/to/{base}")
+    here = f"With this folder as `{name}` beside the script"
+    if kind == "hf":
+        return f"""{here}, or with its id on the hub in place of the name:
+
+```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+processor = AutoProcessor.from_pretrained({json.dumps(name)})
+model = LlavaForConditionalGeneration.from_pretrained({json.dumps(name)})
+prompt = "USER: <image>\\nWhat is in the image? ASSISTANT:"
+# inputs = processor(images=image, text=prompt, return_tensors="pt"); model.generate(**inputs)
+```
+
+or `vllm serve {name}`."""
+    label = {"stage1": "llava", "lora": "llava-lora", "llava": "llava"}[kind]
+    if facts.get("mistral"):
+        label += "-mistral"
+    more = "" if kind != "stage1" else "\n\nLLaVA's stage 2 takes it as `--pretrain_mm_mlp_adapter mm_projector.bin`."
+    return f"""{here}, stock LLaVA loads it (`hacl_llava.compat` makes that work on transformers from 4.37 to 5):
+
+```python
+from hacl_llava import compat  # before llava
+from llava.model.builder import load_pretrained_model
+
+tokenizer, model, image_processor, _ = load_pretrained_model(
+    {json.dumps(name)}, {"None" if kind == "llava" else base}, "{label}"
+)
+```{more}"""
+
+
+def _limitations(kind, facts, results):
+    lines = ["It can say things that are not in the image; HACL is meant to make that rarer and does not end it."]
+    if not results:
+        lines.append("No evaluation results were given for this card: nothing is known here of how good it is.")
+    if kind == "stage1":
+        lines.append("After stage 1 a model captions; it follows instructions after stage 2 only.")
+    if kind in ("stage1", "lora"):
+        lines.append("It fits the language model and the vision tower that it was trained with, and no others.")
+    if kind == "hf":
+        lines.append("The image processor crops to the middle where LLaVA-1.5 pads: pad pictures to a square first.")
+    if kind != "hf" and facts["tower"] and not _is_hub_id(facts["tower"]):
+        lines.append("config.json names the vision tower by a path of where it was made: set `mm_vision_tower` anew.")
+    lines.append("The licence of the language model, and those of the vision tower and the data, apply.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+_CITATION = """```bibtex
+@inproceedings{jiang2024hacl,
+  title={Hallucination Augmented Contrastive Learning for Multimodal Large Language Model},
+  author={Jiang, Chaoya and Xu, Haiyang and Dong, Mengfan and Chen, Jiaxing and Ye, Wei and Yan, Ming and Ye, Qinghao
+          and Zhang, Ji and Huang, Fei and Zhang, Shikun},
+  booktitle={CVPR}, year={2024}, eprint={2312.06968}, archivePrefix={arXiv}
+}
+@inproceedings{liu2023llava,
+  title={Visual Instruction Tuning},
+  author={Liu, Haotian and Li, Chunyuan and Wu, Qingyang and Lee, Yong Jae},
+  booktitle={NeurIPS}, year={2023}, eprint={2304.08485}, archivePrefix={arXiv}
+}
+@inproceedings{liu2024improved,
+  title={Improved Baselines with Visual Instruction Tuning},
+  author={Liu, Haotian and Li, Chunyuan and Li, Yuheng and Lee, Yong Jae},
+  booktitle={CVPR}, year={2024}, eprint={2310.03744}, archivePrefix={arXiv}
+}
+```"""
+
+
+def write_card(folder, evaluation=None, source=None, base=None):
+    """Write the model card ``README.md`` into a checkpoint's folder, from what its files say.
+
+    No path of this machine gets into it. A README.md that was not written by this function is never touched.
+
+    Args:
+        folder: a stage-1 folder, LoRA, a whole LLaVA checkpoint, or one in Hugging Face's format.
+        evaluation: path of a json file with results (see `read_evaluation`), or None.
+        source: the folder that it was exported from, which tells of the training; the card remembers it.
+        base: name or folder of the language model that it was exported with.
+
+    Returns:
+        The card's path, or None where somebody else's README.md is there.
+
+    Raises:
+        CheckpointError: the folder is none of these, or a file of it is damaged.
+        HaclError: the evaluation file is not usable.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    from .checkpoint import CheckpointError, read_json
+
+    folder = Path(folder)
+    kind, name = _kind_of(folder), _name_of(folder)
+    results = read_evaluation(evaluation) if evaluation else []
+    card = folder / CARD
+    facts = _facts(folder)
+    if source:
+        facts = _merged(_merged(facts, _facts(Path(source))), _remembered(Path(source) / CARD) or {})
+    if base:
+        facts["base"] = _named(base)
+    if card.exists() or card.is_symlink():
+        remembered = _remembered(card)
+        if remembered is None:
+            return None
+        facts = _merged(facts, remembered)
+    memory = json.dumps(facts).replace(">", "\\u003e")  # an arrow would end the comment
+    config = _dict(read_json(folder / "config.json")) if (folder / "config.json").exists() else {}
+    facts["mistral"] = "mistral" in str(config.get("model_type"))
+
+    data = ModelCardData(
+        library_name="transformers" if kind == "hf" else "llava",
+        pipeline_tag="image-text-to-text",
+        tags=["llava", *(["hacl"] if facts["hacl"] else []), *(["lora"] if kind == "lora" else [])],
+        base_model=facts["base"] if facts["base"] and _is_hub_id(facts["base"]) else None,
+        model_name=name if results else None,  # belongs to them
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=re.sub(r"\W+", "-", r["task"].lower()).strip("-") or "task",
+                dataset_name=r["task"],
+                metric_type=r["metric"],
+                metric_value=r["value"],
+            )
+            for r in results
+        ]
+        or None,
+    )
+    settings = [*facts["training"].items(), *((f"hacl_{k}", v) for k, v in facts["hacl"].items())]
+    versions = [*facts["versions"].items(), ("hacl_llava of this card", __version__)]
+    rows = [(r["task"], r["metric"], r["value"], " to ".join(map(str, r.get("interval", ())))) for r in results]
+    sections = {
+        f"# {name}": _what(kind, facts),
+        "## Load it": _loading(kind, name, facts),
+        "## Training": _table(("setting", "value"), settings) if settings else "The files say nothing of it.",
+        "## Evaluation": _table(("task", "metric", "value", "interval"), rows) if rows else "No results were given.",
+        "## Limitations": _limitations(kind, facts, results),
+        "## Versions": _table(("package", "version"), versions),
+        "## Citation": _CITATION,
+    }
+    comment = f"{_MARK}{memory}\nhacl_llava writes this file anew; remove this comment to keep changes of your own. -->"
+    text = f"---\n{data.to_yaml()}\n---\n\n{comment}\n\n" + "\n\n".join(f"{k}\n\n{v}" for k, v in sections.items())
+    part = folder / f"{CARD}.part"
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, card)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"{card}: cannot be written ({error.strerror}).") from None
+    return card
+
+
+# ---- the hub
+
+
+def client(repo_id):
+    """huggingface_hub's client, once all is there that needs no network: a name, a token, and not being offline.
+
+    The token is HF_TOKEN's, or that of `hf auth login`.
+
+    Raises:
+        HaclError: one of them is missing; the message says what to do.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        good = repo_id.count("/") == 1
+    except HFValidationError:
+        good = False
+    if not good:
+        raise HaclError(f"{repo_id!r} is no name of a repository, expected USER/NAME of letters, digits, '-', '_', '.'")
+    if constants.HF_HUB_OFFLINE:
+        raise HaclError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it first.")
+    token = get_token()
+    if not token:
+        raise HaclError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN to one that may write.")
+    return HfApi(token=token, library_name="hacl_llava", library_version=__version__)
+
+
+def _check_whole(folder):
+    """Refuse a folder that lacks something, or holds a damaged file of weights."""
+    from .checkpoint import CheckpointError, Weights
+
+    if _name_of(folder).endswith(".part"):
+        raise CheckpointError(f"{folder}: is half-written, by its name; let the export end, or give it again.")
+    kind = _kind_of(folder)
+    if missing := [name for name in _NEEDED[kind] if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder}: has no {', '.join(missing)}, so it is not whole; copy all of its files.")
+    held = set()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if not any(fnmatch(file.name, pattern) for pattern in _LEFT_OUT):
+            held |= set(Weights(file))
+    if kind == "lora":
+        if not any((folder / f"adapter_model.{suffix}").exists() for suffix in ("safetensors", "bin")):
+            raise CheckpointError(f"{folder}: has no adapter_model.safetensors or .bin, so it is not whole.")
+    elif kind != "stage1" and (missing := sorted(set(Weights(folder)) - held)):
+        raise CheckpointError(f"{folder}: its index names {missing[0]}, which is in no shard; copy them all again.")
+    if (folder / "vision_tower").is_dir():
+        Weights(folder / "vision_tower")
+
+
+def _why(error, repo_id, token):
+    """One line for what huggingface_hub raised, and what to do; its versions raise errors of different libraries."""
+    cause, status, said = error, None, str(error)
+    checked = isinstance(error, ValueError) and not hasattr(error, "response")  # by huggingface_hub itself: a card, say
+    while cause is not None and status is None and not checked:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        said = getattr(cause, "server_message", None) or ("" if status else said)
+        cause = cause.__cause__ or cause.__context__
+    said = " ".join(said.split("\n")[:2])
+    said = re.sub(r"\?\S+", "", said)[:200].replace(token, "***")  # signed addresses are secrets too
+    if checked:
+        return f"{repo_id}: the push was refused ({said}); mend that and give the command again."
+    if status is None:
+        what = "check the network, and HF_ENDPOINT where it is set, and give the command again"
+        return f"{repo_id}: the push failed ({type(error).__name__}: {said}); {what}."
+    what = {
+        401: "the token is not accepted; run `hf auth login`, or set HF_TOKEN to one that is valid",
+        403: "the token may not write there; run `hf auth login` or set HF_TOKEN with one that may, or take a name of "
+        "your own",
+        404: "no such user, organization or repository, or the token may not see it; check the name, and `hf auth "
+        "whoami`",
+    }.get(status, "give the command again later" if status == 429 or status >= 500 else "it was refused")
+    return f"{repo_id}: the hub answers {status}{f' ({said})' if said else ''}: {what}."
+
+
+def push(folder, repo_id, private=True, revision=None):
+    """Upload a checkpoint's folder to the Hugging Face hub, into a repository that is made where there is none.
+
+    The token is huggingface_hub's own: HF_TOKEN, or that of `hf auth login`. The state of a run is left out
+    (checkpoint-*, optimizers, training_args.bin, logs, hidden files). Weights that the repository holds and the folder
+    does not are deleted there, or loaders would mix old shards with new ones.
+
+    Args:
+        folder: what `write_card` takes. repo_id: USER/NAME. private: False for one that all may read; a repository
+            that is there already keeps what it is. revision: a branch, made where there is none; None: main.
+
+    Returns:
+        (address of the repository, whether it is private)
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint.
+        HaclError: the hub cannot be reached or refuses, or the repository is public and ``private`` was wanted.
+    """
+    folder, api = Path(folder), client(repo_id)
+    _check_whole(folder)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        is_private = api.model_info(repo_id).private is True
+        if private and not is_private:
+            raise HaclError(
+                f"{repo_id}: is public, and a private one was wanted; nothing was uploaded. Say --public "
+                "(private=False), or take another name."
+            )
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            ignore_patterns=list(_LEFT_OUT),
+            delete_patterns=["*.safetensors", "*.bin", "*.index.json"],
+            commit_message="Upload with hacl_llava",
+        )
+    except HaclError:
+        raise
+    except Exception as error:
+        raise HaclError(_why(error, repo_id, api.token)) from None
+    return str(url), is_private
