@@ -7,6 +7,7 @@ done its work by then; whatever itself imports llava.train.train waits for `inst
 import dataclasses
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import transformers
@@ -50,10 +51,9 @@ def install(namespace, use_hacl=False, stage=1):
     from .trainer import HaclTrainer, ResumableTrainer
 
     def save(trainer, output_dir):
-        if getattr(trainer.args, "tune_mm_mlp_adapter", False):
-            stock["safe_save_model_for_hf_trainer"](trainer, output_dir)
-        else:
-            trainer.save_whole(output_dir)
+        stage1 = getattr(trainer.args, "tune_mm_mlp_adapter", False)
+        write = partial(stock["safe_save_model_for_hf_trainer"], trainer) if stage1 else trainer.save_model
+        trainer.save_finished(output_dir, write)
 
     def beside_lora(*args, **kwargs):
         found = stock["get_peft_state_non_lora_maybe_zero_3"](*args, **kwargs)

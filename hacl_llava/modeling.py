@@ -108,22 +108,30 @@ class HaclMixin:
 
     @classmethod
     def from_pretrained(cls, *args, attn_implementation=None, **kwargs):
-        """As LLaVA's, with sdpa in place of flash attention, which does not take the 4-D mask of the fused step."""
+        """As LLaVA's, with sdpa in place of flash attention, which does not take the 4-D mask of the fused step.
+
+        Where the folder has a ``hacl_head.safetensors``, HACL is enabled with it.
+        """
         if attn_implementation == "flash_attention_2":
             # Attention is 1-2 % of the FLOPs at 600 tokens, so little is lost.
             warnings.warn("HACL: attn_implementation flash_attention_2 is replaced by sdpa.", stacklevel=2)
             attn_implementation = "sdpa"
-        return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
+        model = super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
+        if args and args[0] is not None:
+            model.load_hacl_head(args[0], model.config.eos_token_id)
+        return model
 
     def initialize_vision_tokenizer(self, model_args, tokenizer):
         """LLaVA's, then HACL's heads: the last call before the data is made, after freezing and after PEFT.
 
-        Heads that lie beside ``--pretrain_mm_mlp_adapter`` go on from where they were.
+        Heads that lie beside ``--pretrain_mm_mlp_adapter``, or without it in the model's own folder, go on from where
+        they were.
         """
         super().initialize_vision_tokenizer(model_args, tokenizer)
         if getattr(model_args, "use_hacl", False):
             config, projector = HaclConfig.from_arguments(model_args), model_args.pretrain_mm_mlp_adapter
-            if projector is None or not self.load_hacl_head(Path(projector).parent, tokenizer.eos_token_id, config):
+            folder = Path(projector).parent if projector else self.config._name_or_path  # that of from_pretrained
+            if not self.load_hacl_head(folder, tokenizer.eos_token_id, config):
                 self.enable_hacl(config, tokenizer.eos_token_id)
 
     def enable_hacl(self, config, eos_token_id):

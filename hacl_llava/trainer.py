@@ -36,7 +36,9 @@ def save_head(model, folder, write=True):
     path = Path(folder) / HEAD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "hacl": json.dumps(model.config.hacl), "hacl_llava": __version__}
-    safetensors.torch.save_file(state, path, metadata=metadata)
+    part = path.with_suffix(".part")
+    safetensors.torch.save_file(state, part, metadata=metadata)
+    os.replace(part, path)
     return path
 
 
@@ -137,17 +139,23 @@ class ResumableTrainer(LLaVATrainer):
             (Path(self.args.output_dir) / "non_lora_trainables.bin").unlink(missing_ok=True)
         super().save_state()
 
-    def save_whole(self, folder):
-        """LLaVA's last step of a full fine-tuning: the model into the run's folder, file by file only once all are
-        written, config.json last."""
+    def save_finished(self, folder, write):
+        """LLaVA's last step, into the run's folder: file by file only once all are written, config.json last.
+
+        Args:
+            folder: of the run. write: called on every rank with the folder to write to.
+        """
         folder = Path(folder)
         with self._unfinished(folder) as part:
-            self.save_model(str(part))
+            write(str(part))
             _wait()
         if self._moves():
-            for stale in (*folder.glob("*.index.json"), *folder.glob("model*.safetensors"), folder / "config.json"):
-                stale.unlink(missing_ok=True)
-            for file in sorted(part.iterdir(), key=lambda f: (f.name == "config.json", f.suffix == ".json")):
+            written = sorted(part.iterdir(), key=lambda f: (f.name == "config.json", f.suffix == ".json"))
+            if any(file.name.startswith("model") for file in written):
+                for stale in (*folder.glob("*.index.json"), *folder.glob("model*.safetensors")):
+                    stale.unlink()
+            (folder / "config.json").unlink(missing_ok=True)
+            for file in written:
                 os.replace(file, folder / file.name)
             part.rmdir()
         _wait()

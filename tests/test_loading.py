@@ -233,6 +233,11 @@ def test_lora_with_its_other_weights(mini, stage2, image, tmp_path, on_llava):
     base = published(stage2, mini, tmp_path / "llava-base", safe=True, kind="llava_llama") if on_llava else None
     folder = tmp_path / "llava-tiny-lora"
     trained = lora_folder(stage2, mini, folder, base)
+    if on_llava:  # as older peft wrote it, and liuhaotian/llava-v1.5-7b-lora is published
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
     loaded = load_pretrained(folder, base or mini.llm, device="cpu")
     merged = trained.merge_and_unload().state_dict()
     for name, got in loaded.model.state_dict().items():
@@ -302,6 +307,43 @@ def test_layout_of_the_official_hacl_release(mini, stage2, image, tmp_path):
     half = published(stage2, mini, tmp_path / "llava-hacl-half", extra=heads)
     with pytest.raises(CheckpointError, match="itc_temp is missing"):
         load_pretrained(half, device="cpu", hacl=True)
+
+
+def test_from_pretrained_takes_the_heads_along(mini, tmp_path):
+    from hacl_llava import HaclLlavaLlamaForCausalLM
+    from hacl_llava.trainer import save_head
+
+    model, tokenizer = load(mini, head_dim=12, negatives="batch")
+    model.save_pretrained(tmp_path / "whole")
+    save_head(model, tmp_path / "whole")
+    again = HaclLlavaLlamaForCausalLM.from_pretrained(str(tmp_path / "whole"))
+    assert again.hacl_config == model.hacl_config and torch.equal(
+        again.hacl_head.text.weight, model.hacl_head.text.weight
+    )
+    assert torch.equal(again.get_model().mm_projector[0].weight, model.get_model().mm_projector[0].weight)
+    (tmp_path / "whole/hacl_head.safetensors").unlink()
+    assert HaclLlavaLlamaForCausalLM.from_pretrained(str(tmp_path / "whole")).hacl_head is None
+
+
+def test_mistral(mini, stage2, image, tmp_path):
+    from hacl_llava import compat
+
+    values = stage2[0].config.to_dict() | {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"]}
+    values |= {"mm_vision_tower": str(mini.clip), "sliding_window": None, "num_key_value_heads": 2}
+    values.pop("head_dim", None)
+    torch.manual_seed(6)
+    model = compat.LlavaMistralForCausalLM(compat.LlavaMistralForCausalLM.config_class.from_dict(values)).half().float()
+    model.save_pretrained(tmp_path / "llava-mistral")
+    stage2[1].save_pretrained(tmp_path / "llava-mistral")
+    (tmp_path / "llava-mistral/tokenizer.model").write_bytes((mini.llm / "tokenizer.model").read_bytes())
+    loaded = load_pretrained(tmp_path / "llava-mistral", device="cpu")
+    assert type(loaded.model).__name__ == "LlavaMistralForCausalLM"
+    assert torch.equal(
+        loaded.model.get_model().layers[1].mlp.up_proj.weight, model.get_model().layers[1].mlp.up_proj.weight
+    )
+    assert len(answer(loaded, image)) == 8
+    hacl = load_pretrained(tmp_path / "llava-mistral", device="cpu", hacl=True).model
+    assert type(hacl).__name__ == "HaclLlavaMistralForCausalLM" and hacl.hacl_head is not None
 
 
 def test_our_heads_go_on(mini, stage2, tmp_path):
@@ -385,6 +427,11 @@ def test_what_does_not_fit_is_named(mini, stage2, tmp_path):
         load_pretrained(tmp_path / "nowhere", device="cpu")
     with pytest.raises(CheckpointError, match="the hub does not give it"):
         load_pretrained("someone/llava-of-nowhere", device="cpu")
+    safe = published(stage2, mini, tmp_path / "llava-safe", kind="llava_llama", safe=True)
+    file = min(safe.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{file.name}: cannot be read"):
+        load_pretrained(safe, device="cpu")
     content = shards[0].read_bytes()
     shards[0].write_bytes(content[: len(content) // 2])
     refused(f"{shards[0].name}: cannot be read")

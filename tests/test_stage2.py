@@ -16,6 +16,7 @@ from conftest import arguments
 from test_e2e import ROOT, launch, run
 
 from hacl_llava.checkpoint import Weights
+from hacl_llava.demo import free_port
 
 LORA = (
     "--lora_enable",
@@ -120,6 +121,7 @@ def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
     for name in want:
         assert torch.equal(got[name], want[name]), name
     if mode == "hacl":
+        assert "the paper's ablation found" in errors
         assert not [n for _, n in want if "hacl" in n]
         heads = [Weights(tmp_path / x / "hacl_head.safetensors") for x in ("killed", "whole")]
         assert all(torch.equal(heads[0][n], heads[1][n]) for n in heads[1])
@@ -192,15 +194,31 @@ def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, config, mo
         mini, output, stage1 / "mm_projector.bin", *MODES[mode], "--deepspeed", f"zero_configs/{config}.json",
         *("--bf16", "True"),
     )  # fmt: skip
-    # stopped after two steps (of 4), then the same command again
-    launch(2, *command, "--max_steps", "2")
-    assert checkpoints(output)[-1] == "checkpoint-2"
-    done = launch(2, *command, "--max_steps", "4")
+    # killed while step 3 is being saved (of 4), then the same command again
+    launcher = [
+        sys.executable,
+        Path(sys.executable).parent / "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        free_port(),
+    ]
+    command = [str(c) for c in (*launcher, *command, "--max_steps", "4", "--save_total_limit", "4")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    started = time.time()
+    while not ((output / "checkpoint-2").exists() and (output / "unfinished").exists()):
+        assert process.poll() is None and time.time() - started < 200
+        time.sleep(0.002)
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert checkpoints(output) in (["checkpoint-1", "checkpoint-2"], ["checkpoint-1", "checkpoint-2", "checkpoint-3"])
+    run(*command)
     assert checkpoints(output)[-1] == "checkpoint-4" and not (output / "unfinished").exists()
     state = json.loads((output / "trainer_state.json").read_text())
     assert [x["step"] for x in state["log_history"] if "loss" in x] == [1, 2, 3, 4]
     assert "hacl" not in json.loads((output / "config.json").read_text())
-    assert done.returncode == 0
 
     cli = [sys.executable, "-m", "hacl_llava.cli"]
     whole = output
@@ -253,8 +271,6 @@ def test_qlora(mini, tmp_path):
 @pytest.mark.e2e
 def test_script_of_the_real_run_as_it_is(mini, stage1, tmp_path):
     """scripts/finetune_7b.sh with the miniature's paths; on a CPU without tf32."""
-    from hacl_llava.demo import free_port
-
     env = {
         "JSON": str(mini.data), "IMAGES": str(mini.images), "LLM": str(mini.llm), "TOWER": str(mini.clip),
         "PROJECTOR": str(stage1 / "mm_projector.bin"), "OUTPUT": str(tmp_path / "out"), "MODE": "lora",
