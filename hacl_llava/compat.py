@@ -209,13 +209,18 @@ def _trainer_methods(trainer_class):
         trainer_class._get_train_sampler = _get_train_sampler
 
     create = trainer_class.create_optimizer
-    if "model" in _parameters(Trainer.create_optimizer) and "model" not in _parameters(create):
+    takes_model = "model" in _parameters(Trainer.create_optimizer) and "model" not in _parameters(create)
 
-        @functools.wraps(create)
-        def create_optimizer(self, model=None):
-            return create(self)
+    @functools.wraps(create)
+    def create_optimizer(self, *model):
+        create(self, *(() if takes_model else model))
+        if self.is_deepspeed_enabled and hasattr(self.optimizer, "param_groups"):
+            # With LoRA and --mm_projector_lr some of LLaVA's four groups are empty. DeepSpeed drops those, and the
+            # scheduler, made with them, then counts more than there are (recent torch refuses). Goes when LLaVA's do.
+            self.optimizer.param_groups[:] = [g for g in self.optimizer.param_groups if g["params"]]
+        return self.optimizer
 
-        trainer_class.create_optimizer = create_optimizer
+    trainer_class.create_optimizer = create_optimizer
 
     save = trainer_class._save_checkpoint
     if "metrics" not in _parameters(Trainer._save_checkpoint) and "metrics" in _parameters(save):
