@@ -93,6 +93,23 @@ class HaclHead(nn.Module):
         )
 
 
+def read_head(folder):
+    """(`HaclConfig`, state dict) of ``folder/hacl_head.safetensors``; None where there is none.
+
+    Raises:
+        HaclError: it is damaged.
+    """
+    file = Path(folder) / HEAD_FILE
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as found:
+            config = HaclConfig.from_dict(json.loads((found.metadata() or {})["hacl"]))
+            return config, {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (no iterator)
+    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise HaclError(f"{file}: cannot be read ({error}); it is written by stage 1 with HACL.") from None
+
+
 class HaclMixin:
     """Adds HACL to a LLaVA model class; put it before that class.
 
@@ -174,20 +191,17 @@ class HaclMixin:
         Raises:
             HaclError: it is damaged, or its heads have other sizes.
         """
-        file = Path(folder) / HEAD_FILE
-        if not file.exists():
+        found = read_head(folder)
+        if found is None:
             return False
-        try:
-            with safe_open(file, "pt") as found:
-                saved = HaclConfig.from_dict(json.loads((found.metadata() or {})["hacl"]))
-                state = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (no iterator)
-        except (KeyError, OSError, RuntimeError, SafetensorError) as error:
-            raise HaclError(f"{file}: cannot be read ({error}); it is written by stage 1 with HACL.") from None
+        saved, state = found
         self.enable_hacl(config or saved, eos_token_id)
         own = {k: list(v.shape) for k, v in self.hacl_head.state_dict().items()}
         got = {k: list(v.shape) for k, v in state.items()}
         if own != got:
-            raise HaclError(f"{file}: holds heads of the shapes {got}, these settings ask for {own} (--hacl_head_dim).")
+            raise HaclError(
+                f"{folder}/{HEAD_FILE}: holds heads of the shapes {got}, these settings ask for {own} (hacl_head_dim)."
+            )
         self.hacl_head.load_state_dict(state)
         return True
 

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from . import __version__
 from .compat import LLaVATrainer, savable_generation_config
 from .config import HaclError
-from .modeling import HEAD_FILE
+from .modeling import HEAD_FILE, read_head
 
 UNFINISHED = "unfinished"
 
@@ -228,9 +228,8 @@ class HaclTrainer(ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        queue = self.model.hacl_loss.queue_state()
-        self.model.load_hacl_head(resume_from_checkpoint, self.model.hacl_eos, self.model.hacl_config)
-        self.model.hacl_loss.load_queue_state(queue)
+        if found := read_head(resume_from_checkpoint):
+            self.model.hacl_head.load_state_dict(found[1])
 
     def save_state(self):
         super().save_state()
