@@ -51,9 +51,14 @@ class Weights:
         """{name: file}; an index says it without a shard being opened."""
         if self.path.is_file():
             return dict.fromkeys(self._load(self.path).keys(), self.path)
-        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        for single in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):  # transformers' order
+            index = f"{single}.index.json"
+            if (self.path / single).exists():
+                return dict.fromkeys(self._load(self.path / single).keys(), self.path / single)
             if (self.path / index).exists():
-                names = read_json(self.path / index).get("weight_map", {})
+                names = read_json(self.path / index).get("weight_map")
+                if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+                    raise CheckpointError(f"{self.path / index}: has no weight_map from tensors to files.")
                 shards = sorted(set(names.values()))
                 missing = [s for s in shards if not (self.path / s).exists()]
                 if missing or not shards:
@@ -61,9 +66,6 @@ class Weights:
                         f"{self.path / index}: names {', '.join(missing) or 'no shards'}, not there; copy them all."
                     )
                 return {name: self.path / shard for name, shard in names.items()}
-        for single in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
-            if (self.path / single).exists():
-                return dict.fromkeys(self._load(self.path / single).keys(), self.path / single)
         raise CheckpointError(
             f"{self.path}: holds no weights (model.safetensors, pytorch_model.bin, or shards of them)."
         )
@@ -75,7 +77,10 @@ class Weights:
                     self._open = (file, safe_open(file, "pt"))
                 else:
                     mapped = zipfile.is_zipfile(file)  # else written by torch before 1.6
-                    self._open = (file, torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
+                    held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+                    if not isinstance(held, dict) or not all(isinstance(v, torch.Tensor) for v in held.values()):
+                        raise ValueError("it holds something else than tensors by name")
+                    self._open = (file, held)
             except Exception as error:
                 first = (str(error).splitlines() or [""])[0][:200]
                 code = "; it may hold code, which is not run" if "weights_only" in str(error).lower() else ""
@@ -123,8 +128,8 @@ def local_folder(path):
     Raises:
         CheckpointError: there is no such folder, and the hub does not give it.
     """
-    folder = Path(path)
-    if folder.is_dir():
+    folder = Path(path).expanduser()
+    if str(path) and folder.is_dir():
         return folder
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.exists():
         from huggingface_hub import snapshot_download
@@ -165,11 +170,14 @@ def read_json(path):
         CheckpointError: it cannot be read, or is something else.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: is not json ({error}).") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object of names and values.")
+    return value
 
 
 class Folder:
@@ -273,6 +281,12 @@ def _llava_config(source):
             + ("" if "mm_vision_tower" in config else " and no mm_vision_tower")
             + "; expected a LLaVA checkpoint: llava_llama, llava_mistral or llava, with an mm_vision_tower."
         )
+    shape = str(config.get("image_aspect_ratio")), str(config.get("mm_patch_merge_type", "flat"))
+    if shape[0] == "anyres" or "unpad" in shape[1]:
+        raise CheckpointError(
+            f"{source}/config.json: is of LLaVA-1.6 (image_aspect_ratio {shape[0]}, mm_patch_merge_type {shape[1]}); "
+            "LlavaForConditionalGeneration is LLaVA-1.5's format and cannot hold it."
+        )
     projector = config.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
         raise CheckpointError(
@@ -351,6 +365,8 @@ def export_to_hf(source, target, base=None, vision_tower=None):
     vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
     parts = [Weights(source)]
     if base is not None:
+        if is_whole(source):
+            raise CheckpointError(f"{source}: is a whole checkpoint and takes no base; leave out --base.")
         parts = [Weights(base), Weights(source / "mm_projector.bin")]
         check_base(source, config, base)
     elif "lm_head.weight" not in parts[0] and not config.get("tie_word_embeddings"):
@@ -448,7 +464,18 @@ def config_from_hf(config, tower, source="config.json"):
             f"{source}/config.json: has the architectures {config.get('architectures')}, expected "
             "LlavaForConditionalGeneration."
         )
+    lacking = [key for key in ("text_config", "vision_config") if not isinstance(config.get(key), dict)]
+    if lacking or not ("image_token_index" in config or "image_token_id" in config):
+        raise CheckpointError(f"{source}/config.json: has no {(lacking or ['image_token_index'])[0]}.")
     text, vision = config["text_config"], config["vision_config"]
+    odd = {
+        "text_config.model_type": (text.get("model_type", "llama"), ("llama", "mistral")),
+        "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), ("gelu",)),
+        "multimodal_projector_bias": (config.get("multimodal_projector_bias", True), (True,)),
+    }
+    for key, (got, allowed) in odd.items():
+        if got not in allowed:
+            raise CheckpointError(f"{source}/config.json: has the {key} {got!r}; LLaVA knows {allowed[0]!r}.")
     rows = config.get("hacl_llava", {}).get("vocab_size", config.get("image_token_index", config.get("image_token_id")))
     strategy = config.get("vision_feature_select_strategy", "default")
     kind = text.get("model_type", "llama")
@@ -499,6 +526,10 @@ def import_from_hf(source, target, vision_tower=None):
             tower's weights are written to ``target/vision_tower``.
     """
     source, target = Path(source), Path(target)
+    if (source / "adapter_config.json").exists() or (source / "mm_projector.bin").exists():
+        raise CheckpointError(
+            f"{source}: is a LoRA or a projector; give the language model that it belongs to: --base."
+        )
     config = read_json(source / "config.json")
     kept, vision = config.get("hacl_llava", {}), config.get("vision_config")
     tower = vision_tower or kept.get("mm_vision_tower")
@@ -525,6 +556,25 @@ def import_from_hf(source, target, vision_tower=None):
         if tower is None:
             (folder / "vision_tower").mkdir()
             write_tower(folder / "vision_tower", source, vision)
+
+
+def save_tokenizer(tokenizer, folder, origin):
+    """Write a tokenizer as LLaVA's tools on every transformers read it: with the files of its origin, where there are.
+
+    transformers 5 writes no tokenizer.model, and settings that older ones cannot read or read otherwise.
+
+    Args:
+        tokenizer: without added tokens; None where it is written already. folder: to write to. origin: folder or hub
+            name of the model that it came with.
+    """
+    from transformers.utils import cached_file
+
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        found = cached_file(str(origin), name, _raise_exceptions_for_missing_entries=False)
+        if found:
+            shutil.copyfile(found, Path(folder) / name)
 
 
 def _save_json(path, value):

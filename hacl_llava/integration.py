@@ -16,7 +16,11 @@ from . import compat
 from .config import HaclConfig, HaclError, hacl_argument_fields
 
 NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
-SAVING = ("safe_save_model_for_hf_trainer", "get_peft_state_non_lora_maybe_zero_3")
+SAVING = (
+    "safe_save_model_for_hf_trainer",
+    "get_peft_state_non_lora_maybe_zero_3",
+    "get_mm_adapter_state_maybe_zero_3",  # called, not replaced
+)
 _STOCK = "_hacl_stock_names"
 
 
@@ -55,9 +59,11 @@ def install(namespace, use_hacl=False, stage=1):
         write = partial(stock["safe_save_model_for_hf_trainer"], trainer) if stage1 else trainer.save_model
         trainer.save_finished(output_dir, write)
 
-    def beside_lora(*args, **kwargs):
-        found = stock["get_peft_state_non_lora_maybe_zero_3"](*args, **kwargs)
-        return {name: tensor for name, tensor in found.items() if "hacl_head." not in name}
+    def beside_lora(named_parameters, *args, **kwargs):
+        # A frozen projector too, which LLaVA leaves out: whoever loads the LoRA would get a random one.
+        named = [(name, p) for name, p in named_parameters if "hacl_head." not in name]
+        projector = stock["get_mm_adapter_state_maybe_zero_3"](named, ["mm_projector"])
+        return {**projector, **stock["get_peft_state_non_lora_maybe_zero_3"](named, *args, **kwargs)}
 
     hacl = {
         "safe_save_model_for_hf_trainer": save,
@@ -67,7 +73,10 @@ def install(namespace, use_hacl=False, stage=1):
         "make_supervised_data_module": make_hacl_data_module,
     }
 
-    plain = {**stock, "safe_save_model_for_hf_trainer": save, "LLaVATrainer": ResumableTrainer} if stage == 2 else stock
+    plain = stock
+    if stage == 2:
+        plain = {**hacl, **{name: stock[name] for name in ("LlavaLlamaForCausalLM", "make_supervised_data_module")}}
+        plain["LLaVATrainer"] = ResumableTrainer
 
     def choose(model_arguments):
         namespace.update({name: (hacl if model_arguments.use_hacl else plain)[name] for name in hacl})
@@ -95,7 +104,7 @@ def _argument_classes(stock, use_hacl, choose, stage):
         # compat's parser calls this with all three; nothing is loaded yet.
         _, data, training = arguments
         if stage == 2:
-            _check_stage2(model)
+            _check_stage2(model, training)
         if model.use_hacl:
             model.hacl_num_hallucinated = data.hacl_num_hallucinated
             HaclConfig.from_arguments(model)
@@ -117,12 +126,20 @@ def _argument_classes(stock, use_hacl, choose, stage):
     }
 
 
-def _check_stage2(model):
-    """Refuse a projector that does not belong to this LLM, before 7B are loaded."""
-    from .checkpoint import CheckpointError, Weights, read_json
+def _check_stage2(model, training):
+    """Refuse, before 7B are loaded, a projector that does not belong to this LLM, and checkpoints of another run."""
+    from .checkpoint import CheckpointError, Weights, is_whole, read_json
 
     if model.tune_mm_mlp_adapter:
         raise HaclError("--tune_mm_mlp_adapter True is stage 1: use scripts/pretrain_hacl.py.")
+    output = Path(training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise HaclError(f"--output_dir {output}: is a file; give a folder.")
+    for folder in output.glob("checkpoint-*"):
+        lora = (folder / "adapter_config.json").exists()
+        if lora != training.lora_enable or not (lora or is_whole(folder) or list(folder.glob("global_step*"))):
+            what = "of a LoRA run" if lora else "of a full run" if is_whole(folder) else "not of stage 2"
+            raise HaclError(f"{folder}: is {what}, and cannot be gone on from here; give another --output_dir.")
     folder = Path(model.model_name_or_path)
     config = read_json(folder / "config.json") if folder.is_dir() else {}
     if model.pretrain_mm_mlp_adapter is None:
@@ -133,6 +150,8 @@ def _check_stage2(model):
                 stacklevel=2,
             )
         return
+    if not Path(model.pretrain_mm_mlp_adapter).is_file():
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {model.pretrain_mm_mlp_adapter}: is no file.")
     weights = Weights(Path(model.pretrain_mm_mlp_adapter))
     own = [name for name in weights if "mm_projector." in name]
     if not own:

@@ -1,6 +1,5 @@
 """LLaVA checkpoints of every published layout, ready to answer. Floor 3."""
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from .checkpoint import (
     local_folder,
     names_from_hf,
     read_json,
+    save_tokenizer,
     tower_folder,
     write_tower,
 )
@@ -66,11 +66,24 @@ def load_pretrained(
     Raises:
         CheckpointError: something is missing, damaged, holds code, or does not fit; the message names file and tensor.
     """
-    folder = local_folder(path)
-    base = base and local_folder(base)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.float16)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype or torch.float32, torch.dtype):
+        raise HaclError(f"dtype is {dtype!r}, expected one of torch's, as torch.bfloat16 or 'bfloat16'.")
+    dtype = dtype or (torch.float32 if str(device).startswith("cpu") else torch.float16)
+    folder = local_folder(path)
+    try:
+        return _load(folder, base and local_folder(base), device, dtype, bits, vision_tower, hacl, attn_implementation)
+    except HaclError:
+        raise
+    except Exception as error:  # what transformers, peft and LLaVA say of a checkpoint, named
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {first}).") from error
+
+
+def _load(folder, base, device, dtype, bits, vision_tower, hacl, attn_implementation):
     options = {"torch_dtype": dtype, "low_cpu_mem_usage": True, "attn_implementation": attn_implementation}
     options["device_map"] = device if device == "auto" else {"": device}
     if bits:
@@ -79,6 +92,8 @@ def load_pretrained(
     config = read_json(folder / "config.json")
     with tempfile.TemporaryDirectory() as made:
         if "LlavaForConditionalGeneration" in (config.get("architectures") or ()):
+            if base:
+                raise CheckpointError(f"{folder}: is a whole checkpoint and takes no base; {base} would not be used.")
             if bits:
                 raise CheckpointError(
                     f"{folder}: {bits}-bit loading is for LLaVA's own format; run: hacl-llava export --to llava"
@@ -89,9 +104,10 @@ def load_pretrained(
         tower = model.get_vision_tower()
         if not tower.is_loaded:
             tower.load_model()
+        _check_tower(tower)
         _check_projector(folder, model.config, tower)
         if made in model.config.mm_vision_tower:
-            model.config.mm_vision_tower = config.get("hacl_llava", {}).get("mm_vision_tower", str(folder))
+            model.config.mm_vision_tower = _tower_of(config) or str(folder)
     if config.get("unfreeze_mm_vision_tower"):
         model.config.unfreeze_mm_vision_tower = True
         _tuned_tower(folder, tower)
@@ -103,7 +119,7 @@ def load_pretrained(
 
 
 def merge(source, target, base, vision_tower=None):
-    """Write a LoRA, or a projector, and its base as one whole LLaVA checkpoint.
+    """Write a LoRA, or a projector, and its base as one whole LLaVA checkpoint, in the base's dtype.
 
     Args:
         source: folder of the LoRA or projector. target: folder to write; it must not exist yet. base, vision_tower: as
@@ -113,15 +129,13 @@ def merge(source, target, base, vision_tower=None):
         CheckpointError: as `load_pretrained`, and when the target cannot be written.
     """
     with Folder(target) as folder:
-        stored = read_json(local_folder(base) / "config.json").get("torch_dtype") or "float16"
-        tokenizer, model, _, _ = load_pretrained(
-            source, base, device="cpu", dtype=getattr(torch, stored), vision_tower=vision_tower
-        )
+        base = local_folder(base)
+        weights = Weights(base)
+        stored = weights[next((n for n in weights if n.endswith("embed_tokens.weight")), next(iter(weights)))].dtype
+        tokenizer, model, _, _ = load_pretrained(source, base, device="cpu", dtype=stored, vision_tower=vision_tower)
         savable_generation_config(model)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if (tokens := local_folder(base) / "tokenizer.model").exists():
-            shutil.copyfile(tokens, folder / "tokenizer.model")
+        save_tokenizer(tokenizer, folder, base)
 
 
 def _class_for(config, hacl):
@@ -167,6 +181,8 @@ def _llava_config(cls, values, folder, vision_tower):
 def _tokenizer(folder):
     import transformers
 
+    if not any((Path(folder) / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        raise CheckpointError(f"{folder}: has neither tokenizer.model nor tokenizer.json; copy them from its origin.")
     return transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=False)
 
 
@@ -207,7 +223,7 @@ def _from_llava(folder, values, base, vision_tower, hacl, options):
     if len(tokenizer) != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))  # as LLaVA's loader, rows beyond the tokenizer's included
     if lora:
-        model = _with_lora(model, folder)
+        model = _with_lora(model, folder, language)
     elif not whole:
         weights = Weights(folder / "mm_projector.bin")
         asked = [n for n, _ in model.named_parameters() if "mm_projector." in n]
@@ -312,7 +328,7 @@ def _put(model, file, weights, added=0, rename=lambda name: name):
             target.copy_(tensor)
 
 
-def _with_lora(model, folder):
+def _with_lora(model, folder, language):
     from peft import PeftModel
 
     others = folder / "non_lora_trainables.bin"  # written last by LLaVA's train()
@@ -326,6 +342,13 @@ def _with_lora(model, folder):
         return name if name in own else f"model.{name}"
 
     _put(model, others, weights, rename=rename)
+    # Frozen in the run, LLaVA does not save the projector at all.
+    placed = {rename(n) for n in weights} | set(language)
+    if lacking := [n for n in own if n not in placed and ("mm_projector." in n or "image_newline" in n)]:
+        raise CheckpointError(
+            f"{others}: lacks {lacking[0]!r}, and so does the base; the LoRA was trained with a projector that is not "
+            "here (frozen, LLaVA does not save it). Merge onto a LLaVA checkpoint that has it."
+        )
     files = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
     adapter = next((f for f in files if f.exists()), None)
     if adapter is None:
@@ -342,24 +365,52 @@ def _with_lora(model, folder):
                 + (", which has no such layer" if want is None else f", whose layer has the shape {list(want)}")
                 + "; give the model that the LoRA was trained on."
             )
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    model = PeftModel.from_pretrained(model, str(folder))
+    asked = {n.replace(".default", "") for n, _ in model.named_parameters() if ".lora_" in n}
+    if lacking := sorted(n for n in asked if n not in found):
+        raise CheckpointError(f"{adapter}: lacks {lacking[0]!r}, which adapter_config.json asks for.")
+    if unused := [n for n in found if ".lora_" in n and n not in asked]:
+        raise CheckpointError(f"{adapter}: holds {unused[0]!r}, which adapter_config.json does not ask for.")
+    return model.merge_and_unload()
 
 
 def _packed(model, module):
     return not model.get_submodule(module).weight.is_floating_point()
 
 
+def _check_tower(tower):
+    """Refuse a tower with weights missing, which transformers makes up with only a warning."""
+    if Path(tower.vision_tower_name).is_dir():
+        weights = Weights(Path(tower.vision_tower_name))
+        if any(k not in weights for k in tower.vision_tower.state_dict() if "position_ids" not in k):
+            _tower_from(weights, tower, "")
+
+
 def _tuned_tower(folder, tower):
-    weights = Weights(folder)
-    prefix = "model.vision_tower.vision_tower."
-    state = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
-    own = tower.vision_tower.state_dict()
-    plain = {k.removeprefix("vision_model."): k for k in own}  # transformers 5 has no vision_model in between
-    state = {plain.get(k.removeprefix("vision_model."), k): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if "position_ids" not in k}
-    if lacking := [k for k in own if k not in state and "position_ids" not in k]:
-        raise CheckpointError(f"{folder}: its vision tower was tuned, but {lacking[0]!r} of it is not saved.")
+    _tower_from(Weights(folder), tower, "model.vision_tower.vision_tower.")
+
+
+def _tower_from(weights, tower, prefix):
+    # transformers 5 has no vision_model in between: neither in what it writes nor in its modules.
+    found = {n.removeprefix(prefix).removeprefix("vision_model."): n for n in weights if n.startswith(prefix)}
+    own = {k: v for k, v in tower.vision_tower.state_dict().items() if "position_ids" not in k}
+    for name, value in own.items():
+        stored = found.get(name.removeprefix("vision_model."))
+        if stored is None or weights.shape(stored) != tuple(value.shape):
+            what = "no" if stored is None else f"of the shape {list(weights.shape(stored))}"
+            raise CheckpointError(
+                f"{weights.path}: has {what} {prefix + name!r} for the vision tower, expected is {list(value.shape)}."
+            )
+    state = {name: weights[found[name.removeprefix("vision_model.")]] for name in own}
     tower.vision_tower.load_state_dict(state, strict=False)
+
+
+def _tower_of(hf):
+    """The tower's name that a Hugging Face config keeps, or whose weights LLaVA-1.5 has; None where it is another."""
+    vision = hf["vision_config"]
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14, "image_size": 336}
+    same = all(vision.get(key) == value for key, value in large.items())
+    return hf.get("hacl_llava", {}).get("mm_vision_tower") or ("openai/clip-vit-large-patch14-336" if same else None)
 
 
 def _heads(folder, config, model, eos):

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file
 
 from . import __version__
+from .checkpoint import save_tokenizer
 from .compat import LLaVATrainer, savable_generation_config
 from .config import HaclError
 from .modeling import HEAD_FILE, read_head
@@ -87,7 +87,7 @@ class ResumableTrainer(LLaVATrainer):
             shutil.rmtree(part, ignore_errors=True)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise HaclError(
-                f"{part}: cannot be written ({reason}). What was saved before is whole; make room, and give the same "
+                f"{part}: cannot be written ({reason}). What was saved before is whole; mend that, and give the same "
                 "command again."
             ) from None
         finally:
@@ -114,12 +114,10 @@ class ResumableTrainer(LLaVATrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        # transformers 5 writes tokenizer.json alone; LLaVA's tools, and all of older transformers, read this one.
-        model = cached_file(
-            self.model.config._name_or_path, "tokenizer.model", _raise_exceptions_for_missing_entries=False
-        )
-        if model and self.args.should_save and not getattr(self.args, "tune_mm_mlp_adapter", False):
-            shutil.copyfile(model, Path(output_dir or self.args.output_dir) / "tokenizer.model")
+        config = self.model.config
+        added = getattr(config, "mm_use_im_start_end", False) or getattr(config, "mm_use_im_patch_token", False)
+        if self.args.should_save and not added and not getattr(self.args, "tune_mm_mlp_adapter", False):
+            save_tokenizer(None, output_dir or self.args.output_dir, config._name_or_path)
 
     def _save_beside(self, folder):
         # DeepSpeed keeps all that trains; without it, what trains beside a LoRA would be lost on resuming.
@@ -151,8 +149,9 @@ class ResumableTrainer(LLaVATrainer):
             _wait()
         if self._moves():
             written = sorted(part.iterdir(), key=lambda f: (f.name == "config.json", f.suffix == ".json"))
-            if any(file.name.startswith("model") for file in written):
-                for stale in (*folder.glob("*.index.json"), *folder.glob("model*.safetensors")):
+            if any(file.name.startswith(("model", "pytorch_model")) for file in written):
+                kinds = ("*.index.json", "model*.safetensors", "pytorch_model*.bin", "adapter_*")  # of an earlier run
+                for stale in (file for kind in kinds for file in folder.glob(kind)):
                     stale.unlink()
             (folder / "config.json").unlink(missing_ok=True)
             for file in written:

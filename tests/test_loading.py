@@ -493,3 +493,99 @@ def test_quantized(mini, stage2, image, tmp_path):
         got, want = (x.model(input_ids=ids).logits[0].detach().float() for x in (loaded, whole))
     assert torch.nn.functional.cosine_similarity(got, want).mean() > 0.9
     assert not torch.equal(got, want)
+
+
+def test_what_would_be_random_is_refused(mini, stage2, image, tmp_path):
+    """Weights that a file lacks, which transformers, peft and LLaVA make up with a warning at most."""
+    from safetensors.torch import load_file, save_file
+
+    lora = tmp_path / "llava-lora"
+    lora_folder(stage2, mini, lora)
+    others = torch.load(lora / "non_lora_trainables.bin", weights_only=True)
+    torch.save({}, lora / "non_lora_trainables.bin")
+    with pytest.raises(CheckpointError, match=r"lacks 'model.mm_projector.0.weight', and so does the base"):
+        load_pretrained(lora, mini.llm, device="cpu")
+    base = published(stage2, mini, tmp_path / "llava-base", safe=True, kind="llava_llama", sharded=False)
+    got = load_pretrained(lora, base, device="cpu").model.get_model().mm_projector[0].weight  # it has one
+    assert torch.equal(got, stage2[0].get_model().mm_projector[0].weight.half().float())
+    torch.save(others, lora / "non_lora_trainables.bin")
+    adapter = load_file(lora / "adapter_model.safetensors")
+    save_file({k: v for k, v in adapter.items() if "layers.1." not in k}, lora / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="layers.1.* which adapter_config.json asks for"):
+        load_pretrained(lora, mini.llm, device="cpu")
+
+    tower = tmp_path / "clip"
+    shutil.copytree(mini.clip, tower)
+    weights = load_file(tower / "model.safetensors")
+    bare = {k.removeprefix("vision_model."): v for k, v in weights.items()}  # as transformers 5 writes them
+    save_file(bare, tower / "model.safetensors", metadata={"format": "pt"})
+    want = load_pretrained(base, device="cpu").model.get_vision_tower().vision_tower.state_dict()
+    got = load_pretrained(base, device="cpu", vision_tower=tower).model.get_vision_tower().vision_tower.state_dict()
+    assert all(torch.equal(got[k], want[k]) for k in want)
+    gone = next(k for k in bare if "layers.1" in k)
+    save_file({k: v for k, v in bare.items() if k != gone}, tower / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"has no .*{gone}.* for the vision tower"):
+        load_pretrained(base, device="cpu", vision_tower=tower)
+
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (base / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="neither tokenizer.model nor tokenizer.json"):
+        load_pretrained(base, device="cpu")
+
+
+def test_merging_keeps_the_dtype_and_the_tokens(mini, stage2, tmp_path):
+    from hacl_llava.loading import merge
+
+    lora = tmp_path / "llava-lora"
+    lora_folder(stage2, mini, lora)
+    base = published(stage2, mini, tmp_path / "llava-base", safe=True, kind="llava_llama", dtype=torch.bfloat16)
+    config = json.loads((base / "config.json").read_text())
+    config["dtype"] = config.pop("torch_dtype")  # as transformers 5 calls it
+    (base / "config.json").write_text(json.dumps(config))
+    merge(lora, tmp_path / "merged", base)
+    weights = Weights(tmp_path / "merged")
+    assert {weights[n].dtype for n in weights if n.endswith("weight")} == {torch.bfloat16}
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    with pytest.raises(CheckpointError, match="is a LoRA or a projector; give the language model"):
+        checkpoint.import_from_hf(lora, tmp_path / "no")
+    with pytest.raises(CheckpointError, match="is a whole checkpoint and takes no base"):
+        checkpoint.export_to_hf(base, tmp_path / "no", mini.llm)
+    (base / "config.json").write_text(json.dumps({**config, "mm_patch_merge_type": "spatial_unpad"}))
+    with pytest.raises(CheckpointError, match="is of LLaVA-1.6"):
+        checkpoint.export_to_hf(base, tmp_path / "no")
+
+
+def test_odd_files_are_one_line(mini, stage2, tmp_path):
+    folder = published(stage2, mini, tmp_path / "llava-tiny", kind="llava_llama", safe=True)
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(match, value):
+        (folder / "config.json").write_text(json.dumps(value))
+        with pytest.raises(CheckpointError, match=match) as error:
+            load_pretrained(folder, device="cpu")
+        assert "\n" not in str(error.value)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    refused("holds a list, expected an object", [])
+    refused("cannot be loaded", {**config, "mm_vision_tower": None})
+    refused("cannot be loaded", {**config, "mm_projector_type": "mlp_of_nowhere"})
+    index = folder / "model.safetensors.index.json"
+    before = index.read_text()
+    index.write_text(json.dumps({"weight_map": ["a"]}))
+    refused("has no weight_map", config)
+    index.write_text(before)
+    # one file beside an index: transformers takes the one file, and so does what checks and exports it
+    from safetensors.torch import save_file
+
+    weights = Weights(folder)
+    save_file({n: weights[n] * 2 for n in weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    name = "model.layers.0.mlp.up_proj.weight"
+    got = load_pretrained(folder, device="cpu").model.state_dict()[name]
+    assert torch.equal(got, Weights(folder)[name].float()) and not torch.equal(got, weights[name].float())
+    projector = tmp_path / "projector"
+    projector.mkdir()
+    (projector / "config.json").write_text(json.dumps(config))
+    torch.save([torch.zeros(1)], projector / "mm_projector.bin")
+    with pytest.raises(CheckpointError, match="something else than tensors by name"):
+        load_pretrained(projector, mini.llm, device="cpu")

@@ -98,12 +98,12 @@ def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
     while True:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         seen = checkpoints(tmp_path / "killed")
-        while process.poll() is None and kills < 6 and checkpoints(tmp_path / "killed") == seen:
+        while process.poll() is None and kills < 4 and checkpoints(tmp_path / "killed") == seen:
             if kills % 2 and (tmp_path / "killed/unfinished").exists():
                 break
             time.sleep(0.002)
         time.sleep(chance.random() * 0.05)
-        if kills == 6 or process.poll() is not None:
+        if kills == 4 or process.poll() is not None:
             errors = process.communicate(timeout=300)[1]
             assert process.returncode == 0, errors[-2000:]
             break
@@ -114,7 +114,7 @@ def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
         for name in checkpoints(tmp_path / "killed"):
             assert (tmp_path / "killed" / name / "trainer_state.json").exists()
             assert list(Weights(_model_file(tmp_path / "killed" / name)))
-    assert kills >= 4 and in_saving >= 1, (kills, in_saving)
+    assert kills >= 3 and in_saving >= 1, (kills, in_saving)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     got, want = final(tmp_path / "killed"), final(tmp_path / "whole")
     assert got.keys() == want.keys() and len(want) > 10
@@ -186,7 +186,7 @@ print(json.dumps(out[-8:].tolist()))
 
 @pytest.mark.e2e
 @pytest.mark.distributed
-@pytest.mark.parametrize("config, mode", [("zero2", "full"), ("zero3", "full"), ("zero2", "lora"), ("zero3", "lora")])
+@pytest.mark.parametrize("config, mode", [("zero3", "full"), ("zero2", "lora")])
 def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, config, mode):
     """Stage 1 (HACL, ZeRO-2) -> stage 2, killed and resumed -> merged -> exported -> answers in plain transformers."""
     output = tmp_path / ("llava-tiny-lora" if mode == "lora" else "llava-tiny")
@@ -295,8 +295,39 @@ def test_wrong_settings_end_with_one_line(mini, tmp_path):
     torch.save({"model.mm_projector.0.weight": torch.zeros(96, 64), "model.mm_projector.2.weight": torch.zeros(96, 96)},
                tmp_path / "other.bin")  # fmt: skip
     refused("projects to 96 features, .* has the hidden_size 64", tmp_path / "other.bin")
+    refused("is no file", tmp_path)
     torch.save({"something": torch.zeros(1)}, tmp_path / "other.bin")
     refused("holds no mm_projector", tmp_path / "other.bin")
+    (tmp_path / "out/checkpoint-8").mkdir(parents=True)
+    (tmp_path / "out/checkpoint-8/adapter_config.json").write_text("{}")
+    refused("checkpoint-8: is of a LoRA run, and cannot be gone on from", None)
+
+
+def test_what_an_earlier_run_left_does_not_stay_beside_the_new(tmp_path):
+    from types import SimpleNamespace
+
+    from hacl_llava.trainer import ResumableTrainer
+
+    for name in (
+        "adapter_config.json",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "config.json",
+        "other.txt",
+    ):
+        (tmp_path / name).write_text("old")
+    trainer = SimpleNamespace(_moves=lambda: True)
+    trainer._unfinished = lambda folder: ResumableTrainer._unfinished(trainer, folder)
+
+    def write(part):
+        os.mkdir(part)
+        for name in ("model.safetensors", "config.json"):
+            (Path(part) / name).write_text("new")
+
+    ResumableTrainer.save_finished(trainer, tmp_path, write)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "model.safetensors": "new", "config.json": "new", "other.txt": "old"
+    }  # fmt: skip
 
 
 @pytest.mark.e2e
