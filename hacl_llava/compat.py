@@ -147,6 +147,28 @@ def _random_states():
     torch.serialization.add_safe_globals(parts)
 
 
+def _resuming_lora_under_deepspeed():
+    # The Trainer leaves frozen weights out of a LoRA's DeepSpeed checkpoint, and that of 4.37 misses them when it
+    # resumes. Newer ones say load_module_strict=False themselves. Goes with transformers 4.37.
+    import transformers.trainer as trainer
+
+    load = trainer.deepspeed_load_checkpoint
+    if "load_module_strict" in _parameters(load):
+        return
+
+    @functools.wraps(load)
+    def wrapped(engine, path):
+        load_checkpoint = engine.load_checkpoint
+        if hasattr(engine.module, "peft_config"):
+            engine.load_checkpoint = functools.partial(load_checkpoint, load_module_strict=False)
+        try:
+            load(engine, path)
+        finally:
+            engine.load_checkpoint = load_checkpoint
+
+    trainer.deepspeed_load_checkpoint = wrapped
+
+
 # --- after llava is imported ------------------------------------------------------------------------------------------
 
 
@@ -293,6 +315,7 @@ _argument_parser()
 _deepspeed_on_cpu()
 _accumulation_under_zero()
 _random_states()
+_resuming_lora_under_deepspeed()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
 for _class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
     _forward_arguments(_class)
