@@ -251,3 +251,5 @@ def test_lora_run_leaves_the_heads_alone(monkeypatch, capsys, mini, tmp_path, tr
     targets = json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"]
     assert not {"visual", "text", "hacl_head"} & set(targets) and "q_proj" in targets
     assert (tmp_path / "lora/hacl_head.safetensors").exists()
+    others = torch.load(tmp_path / "lora/non_lora_trainables.bin", weights_only=True)
+    assert any("mm_projector" in n for n in others) and not any("hacl" in n for n in others)
