@@ -572,8 +572,13 @@ def save_tokenizer(tokenizer, folder, origin):
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        found = cached_file(str(origin), name, _raise_exceptions_for_missing_entries=False)
-        if found:
+        found = Path(origin) / name
+        if not Path(origin).is_dir():
+            try:  # what was downloaded when the tokenizer was loaded; a training that saves needs no network
+                found = Path(cached_file(str(origin), name, local_files_only=True))
+            except (OSError, TypeError, ValueError):  # not among them
+                continue
+        if found.exists():
             shutil.copyfile(found, Path(folder) / name)
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .checkpoint import is_whole
 from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from .config import HaclConfig, HaclError
 from .loss import HaclLoss
@@ -128,14 +129,24 @@ class HaclMixin:
         """As LLaVA's, with sdpa in place of flash attention, which does not take the 4-D mask of the fused step.
 
         Where the folder has a ``hacl_head.safetensors``, HACL is enabled with it.
+
+        Raises:
+            HaclError: the folder holds a projector or a LoRA alone, which `load_pretrained` takes.
         """
+        folder = Path(args[0]) if args and args[0] is not None else None
+        parts = ("mm_projector.bin", "adapter_config.json")
+        if folder is not None and not is_whole(folder) and any((folder / part).exists() for part in parts):
+            raise HaclError(
+                f"{folder}: is a projector or a LoRA and no whole model; use hacl_llava.load_pretrained({str(folder)!r}, "
+                "base, hacl=True)."
+            )
         if attn_implementation == "flash_attention_2":
             # Attention is 1-2 % of the FLOPs at 600 tokens, so little is lost.
             warnings.warn("HACL: attn_implementation flash_attention_2 is replaced by sdpa.", stacklevel=2)
             attn_implementation = "sdpa"
         model = super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
-        if args and args[0] is not None:
-            model.load_hacl_head(args[0], model.config.eos_token_id)
+        if folder is not None:
+            model.load_hacl_head(folder, model.config.eos_token_id)
         return model
 
     def initialize_vision_tokenizer(self, model_args, tokenizer):

@@ -304,3 +304,27 @@ def test_killed_while_writing(llava, tmp_path):
     assert done < 12
     assert main(["export", "--to", "hf", str(llava), str(tmp_path / "hf")]) == 0
     assert not (tmp_path / "hf.part").exists()
+
+
+def test_tokenizer_files_come_from_where_they_came(mini, tmp_path, monkeypatch):
+    """From a folder, or from what the hub's name has in the cache; never over the network, and never a failure."""
+    import huggingface_hub.constants
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(mini.llm), use_fast=False)
+    for name in ("folder", "cache", "nowhere"):
+        (tmp_path / name).mkdir()
+    checkpoint.save_tokenizer(tokenizer, tmp_path / "folder", mini.llm)
+    want = (mini.llm / "tokenizer.model").read_bytes()
+    assert (tmp_path / "folder/tokenizer.model").read_bytes() == want
+
+    snapshot = tmp_path / "hub/models--some--vicuna/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    shutil.copyfile(mini.llm / "tokenizer.model", snapshot / "tokenizer.model")
+    (tmp_path / "hub/models--some--vicuna/refs").mkdir()
+    (tmp_path / "hub/models--some--vicuna/refs/main").write_text("0123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
+    checkpoint.save_tokenizer(None, tmp_path / "cache", "some/vicuna")
+    assert (tmp_path / "cache/tokenizer.model").read_bytes() == want
+    checkpoint.save_tokenizer(None, tmp_path / "nowhere", "some/model-of-nowhere")
+    assert not list((tmp_path / "nowhere").iterdir())

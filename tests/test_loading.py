@@ -347,6 +347,7 @@ def test_mistral(mini, stage2, image, tmp_path):
 
 
 def test_our_heads_go_on(mini, stage2, tmp_path):
+    from hacl_llava.config import HaclConfig, HaclError
     from hacl_llava.trainer import save_head
 
     model, _ = load(mini, head_dim=12, queue_size=3, temperature=0.2)
@@ -361,8 +362,8 @@ def test_our_heads_go_on(mini, stage2, tmp_path):
     for k, v in model.hacl_head.state_dict().items():
         assert torch.equal(again.hacl_head.state_dict()[k], v)
     assert type(load_pretrained(tmp_path / "stage1", mini.llm, device="cpu").model).__name__ == "LlavaLlamaForCausalLM"
-    from hacl_llava.config import HaclConfig, HaclError
-
+    with pytest.raises(HaclError, match=r"is a projector or a LoRA .* use hacl_llava.load_pretrained"):
+        type(model).from_pretrained(str(tmp_path / "stage1"))
     with pytest.raises(HaclError, match="holds heads of the shapes"):
         again.load_hacl_head(tmp_path / "stage1", 2, HaclConfig(head_dim=8))
     (tmp_path / "stage1/hacl_head.safetensors").write_bytes(b"nothing")
