@@ -137,8 +137,8 @@ class HaclMixin:
         parts = ("mm_projector.bin", "adapter_config.json")
         if folder is not None and not is_whole(folder) and any((folder / part).exists() for part in parts):
             raise HaclError(
-                f"{folder}: is a projector or a LoRA and no whole model; use hacl_llava.load_pretrained({str(folder)!r}, "
-                "base, hacl=True)."
+                f"{folder}: is a projector or a LoRA and no whole model; use hacl_llava.load_pretrained(folder, base, "
+                "hacl=True)."
             )
         if attn_implementation == "flash_attention_2":
             # Attention is 1-2 % of the FLOPs at 600 tokens, so little is lost.
