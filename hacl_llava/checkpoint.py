@@ -262,7 +262,7 @@ _TO_LLAVA = (
 )
 _NOT_KEPT = re.compile(r"rotary_emb\.inv_freq|position_ids|hacl_head\.")
 _NOT_VISION = ("text_model.", "text_projection", "visual_projection", "logit_")  # of a whole CLIP
-_ROWS = ("embed_tokens.weight", "lm_head.weight")
+ROWS = ("embed_tokens.weight", "lm_head.weight")
 
 
 def _renamed(name, patterns, path):
@@ -417,7 +417,7 @@ def export_to_hf(source, target, base=None, vision_tower=None):
                 hf = _renamed(name, _TO_HF, part.path)
                 tensor = part[name]
                 seen.add(hf)
-                yield hf, _more_rows(tensor, rows) if name.endswith(_ROWS) else tensor
+                yield hf, _more_rows(tensor, rows) if name.endswith(ROWS) else tensor
         needed = {f"multi_modal_projector.linear_{i}.{k}" for i in (1, 2) for k in ("weight", "bias")}
         needed |= {"language_model.model.embed_tokens.weight"}
         if not needed <= seen:
@@ -538,7 +538,7 @@ def import_from_hf(source, target, vision_tower=None):
     names = names_from_hf(weights)
     with Folder(target) as folder:
         language = ((new_name, weights[n]) for n, new_name in names.items() if not new_name.startswith("vision_tower."))
-        _write(folder, ((n, t[:rows] if n.endswith(_ROWS) else t) for n, t in language))
+        _write(folder, ((n, t[:rows] if n.endswith(ROWS) else t) for n, t in language))
         _save_json(folder / "config.json", new)
         if (source / "generation_config.json").exists():
             generation = read_json(source / "generation_config.json")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .checkpoint import (
+    ROWS,
     CheckpointError,
     Folder,
     Weights,
@@ -22,7 +23,7 @@ from .checkpoint import (
 )
 from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, savable_generation_config
 from .config import HaclConfig, HaclError
-from .modeling import HaclLlavaLlamaForCausalLM, HaclLlavaMistralForCausalLM
+from .modeling import TEMPERATURE_RANGE, HaclLlavaLlamaForCausalLM, HaclLlavaMistralForCausalLM
 
 # What may stand in a checkpoint beside the model's own: the tower (read from its own place unless it was tuned), old
 # transformers' buffers, and HACL's parts as the official release names them.
@@ -135,7 +136,10 @@ def merge(source, target, base, vision_tower=None):
         tokenizer, model, _, _ = load_pretrained(source, base, device="cpu", dtype=stored, vision_tower=vision_tower)
         savable_generation_config(model)
         model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder, base)
+        if len(tokenizer) == len(_tokenizer(base)):
+            save_tokenizer(tokenizer, folder, base)
+        else:  # LLaVA-1's tokens around images, which the base's files do not know
+            tokenizer.save_pretrained(folder)
 
 
 def _class_for(config, hacl):
@@ -242,7 +246,7 @@ def _from_hf(folder, hf, vision_tower, made, hacl, options):
     weights = Weights(folder)
     names = {new: old for old, new in names_from_hf(weights).items() if not new.startswith("vision_tower.")}
     _check_shapes(weights, cls, config, True, names, rows)
-    state = {new: weights[old][:rows] if new.endswith(_ROWS) else weights[old] for new, old in names.items()}
+    state = {new: weights[old][:rows] if new.endswith(ROWS) else weights[old] for new, old in names.items()}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     # From tensors in memory transformers 4.37 neither spares memory nor places; so the model is moved whole.
@@ -250,9 +254,6 @@ def _from_hf(folder, hf, vision_tower, made, hacl, options):
     plain = {k: options[k] for k in ("torch_dtype", "attn_implementation")}
     model = cls.from_pretrained(None, config=config, state_dict=state, **plain)
     return model.to("cuda" if where == "auto" else where[""]), _tokenizer(folder)
-
-
-_ROWS = ("embed_tokens.weight", "lm_head.weight")
 
 
 def _check_shapes(weights, cls, config, needs_projector, names=None, rows=None):
@@ -271,7 +272,7 @@ def _check_shapes(weights, cls, config, needs_projector, names=None, rows=None):
                 unknown.append(stored)
             continue
         want = expected[name]
-        if rows and name.endswith(_ROWS) and got[0] >= rows:
+        if rows and name.endswith(ROWS) and got[0] >= rows:
             got = (rows, *got[1:])
         if got != want:
             raise CheckpointError(
@@ -319,7 +320,7 @@ def _put(model, file, weights, added=0, rename=lambda name: name):
             if name not in own:
                 raise CheckpointError(f"{file}: tensor {stored!r} belongs to no part of {type(model).__name__}.")
             tensor, target = weights[stored], own[name]
-            if name.endswith(_ROWS) and added and tensor.shape[0] in (added, target.shape[0]):
+            if name.endswith(ROWS) and added and tensor.shape[0] in (added, target.shape[0]):
                 tensor, target = tensor[-added:], target[-added:]  # stage 1 of old trains the added tokens' rows alone
             if tensor.shape != target.shape:
                 raise CheckpointError(
@@ -430,7 +431,7 @@ def _heads(folder, config, model, eos):
         raise CheckpointError(f"{folder}: of the official release's heads, {', '.join(lacking)} is missing.")
     temperature = float(official["itc_temp"])
     settings = HaclConfig(
-        temperature=min(max(temperature, 0.001), 0.5),
+        temperature=min(max(temperature, TEMPERATURE_RANGE[0]), TEMPERATURE_RANGE[1]),
         negatives="batch",  # the released code's
         queue_size=config.get("queue_size", 0) if config.get("use_queue") else 0,
         head_dim=official["vision_projector.weight"].shape[0],
