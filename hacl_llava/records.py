@@ -1,7 +1,7 @@
 """LLaVA's records: what one must look like, and reading and writing many of them, however large the file. Floor 1.
 
-A record is LLaVA's own, plus ``"hallucinated_captions"`` (a string or a list of strings); the key of the official
-release, ``"Hallucination caption"``, is read too. The caption is the first answer of the conversation.
+A record is LLaVA's own, plus ``"hallucinated_captions"`` (a string or a list of strings) and, where it is known what each
+of them gets wrong, ``"hallucinated_kinds"``; the key of the official release, ``"Hallucination caption"``, is read too. The caption is the first answer of the conversation.
 """
 
 import gzip
@@ -12,6 +12,7 @@ import zlib
 from .config import HaclError
 
 HALLUCINATED_KEYS = ("hallucinated_captions", "Hallucination caption")
+KINDS_KEY = "hallucinated_kinds"  # a list beside the first of them, in the same order
 FORMAT = (
     'a LLaVA record: {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}'
 )
@@ -44,6 +45,15 @@ def hallucinated_captions(record):
             raise DataError(f"{key!r} is {str(value)[:60]!r}, expected a string or a list of strings.")
         return [v.strip() for v in value if v and v.strip()]
     return []
+
+
+def hallucinated_kinds(record):
+    """What each of `hallucinated_captions` gets wrong: a list of the same length, None where the record does not say."""
+    value = next((record[key] for key in HALLUCINATED_KEYS if record.get(key) is not None), [])
+    value, kinds = [value] if isinstance(value, str) else value, record.get(KINDS_KEY)
+    if not isinstance(kinds, list) or len(kinds) != len(value):
+        kinds = [None] * len(value)
+    return [kind if isinstance(kind, str) else None for kind, text in zip(kinds, value) if text and text.strip()]
 
 
 def caption_of(record):
@@ -165,14 +175,16 @@ def _stream(path, file):
         raise DataError(f"{path}: holds no records.")
 
 
-def with_captions(text, record, captions):
-    """The text of a record with ``captions`` as its ``"hallucinated_captions"``; everything else as it stands."""
-    if any(key in record for key in HALLUCINATED_KEYS):  # empty ones, or ones to be replaced
-        kept = {k: v for k, v in record.items() if k not in HALLUCINATED_KEYS}
-        return _dumps({**kept, HALLUCINATED_KEYS[0]: captions})
+def with_captions(text, record, captions, kinds):
+    """The text of a record with ``captions`` as its ``"hallucinated_captions"`` and their ``kinds``, two lists of the same
+    length, as its ``"hallucinated_kinds"``; everything else as it stands."""
+    added = {HALLUCINATED_KEYS[0]: captions, KINDS_KEY: kinds}
+    old = (*HALLUCINATED_KEYS, KINDS_KEY)
+    if any(key in record for key in old):  # empty ones, or ones to be replaced
+        return _dumps({**{k: v for k, v in record.items() if k not in old}, **added})
     body = text.rstrip()[:-1].rstrip()
     comma = "" if body == "{" else ", "
-    return f'{body}{comma}"{HALLUCINATED_KEYS[0]}": {_dumps(captions)}}}'
+    return f"{body}{comma}{_dumps(added)[1:]}"
 
 
 def _dumps(value):

@@ -56,8 +56,9 @@ def test_every_field_is_kept_and_the_captions_are_added(tmp_path, capsys):
     before, after = load(COCO), load(out)
     assert "401 of 401 records have hallucinated captions" in capsys.readouterr().out
     for a, b in zip(before, after, strict=True):
-        added = b.pop("hallucinated_captions")
+        added, kinds = b.pop("hallucinated_captions"), b.pop("hallucinated_kinds")
         assert a == b and list(a) == list(b) and len(added) == 1 and isinstance(added[0], str)
+        assert len(kinds) == 1 and kinds[0] in KINDS
     assert json.loads(out.read_text(encoding="utf-8"))  # and any json reader takes it
 
 

@@ -130,23 +130,44 @@ TEXT = st.text(alphabet=st.characters(codec="utf-8"), max_size=30)
     st.lists(TEXT, min_size=1, max_size=3),
     st.sampled_from([None, 2]),
     st.sampled_from(
-        [{}, {"hallucinated_captions": None}, {"hallucinated_captions": []}, {"Hallucination caption": ""}]
+        [{}, {"hallucinated_captions": None}, {"hallucinated_captions": [], "hallucinated_kinds": []}]
+        + [{"Hallucination caption": ""}, {"hallucinated_kinds": ["quantity"]}]
     ),
 )
 def test_captions_are_added_and_nothing_else_changes(value, captions, indent, empty):
     value = {**value, **empty}
     text = json.dumps(value, indent=indent)
-    got = json.loads(with_captions(text, value, captions))
-    assert got.pop("hallucinated_captions") == captions
-    assert got == {k: v for k, v in json.loads(text).items() if k not in module.HALLUCINATED_KEYS}
-    if not set(module.HALLUCINATED_KEYS) & set(value):  # the record's own text is kept to the letter
-        assert with_captions(text, value, captions).startswith(text.rstrip()[:-1].rstrip())
+    kinds = ["location"] * len(captions)
+    got = json.loads(with_captions(text, value, captions, kinds))
+    assert got.pop("hallucinated_captions") == captions and got.pop("hallucinated_kinds") == kinds
+    old = {*module.HALLUCINATED_KEYS, "hallucinated_kinds"}
+    assert got == {k: v for k, v in json.loads(text).items() if k not in old}
+    if not old & set(value):  # the record's own text is kept to the letter
+        assert with_captions(text, value, captions, kinds).startswith(text.rstrip()[:-1].rstrip())
 
 
 def test_numbers_keep_their_digits():
     text = '{"a": 1.10, "b": 1e400, "c": 12345678901234567890, "d": "\\ud83d\\ude00 \\u00e9"}'
-    got = with_captions(text, json.loads(text), ["x"])
-    assert got == text[:-1] + ', "hallucinated_captions": ["x"]}'
+    got = with_captions(text, json.loads(text), ["x"], ["quantity"])
+    assert got == text[:-1] + ', "hallucinated_captions": ["x"], "hallucinated_kinds": ["quantity"]}'
+
+
+@pytest.mark.parametrize(
+    "captions, kinds, expected",
+    [
+        (["a", "b"], ["location", "quantity"], ["location", "quantity"]),
+        (["a", " ", "b"], ["location", "attribute", "quantity"], ["location", "quantity"]),  # as the captions' own
+        (["a", None], ["location", 5], ["location"]),
+        (["a", "b"], ["location"], [None, None]),  # which is whose?
+        (["a"], None, [None]),
+        ("a", ["location"], ["location"]),
+        (None, ["location"], []),
+    ],
+)
+def test_kinds_stand_in_step_with_captions(captions, kinds, expected):
+    value = {"hallucinated_captions": captions, "hallucinated_kinds": kinds}
+    assert module.hallucinated_kinds(value) == expected
+    assert len(module.hallucinated_captions(value)) == len(expected)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])

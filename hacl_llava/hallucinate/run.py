@@ -416,8 +416,8 @@ class Run:
             for index, (text, record) in enumerate(_shown(stream_records(self.source), "writing", self.survey.records)):
                 digest.update(text.encode())
                 entry = self.journal.entry(index) if index < self.survey.records else None
-                captions = [c for _, c in entry["captions"]] if entry else []
-                yield with_captions(text, record, captions) if captions else text
+                kinds, captions = zip(*entry["captions"]) if entry and entry["captions"] else ((), ())
+                yield with_captions(text, record, list(captions), list(kinds)) if captions else text
 
             if digest.hexdigest()[:16] != self.survey.digest:
                 raise self._changed()
