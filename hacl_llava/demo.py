@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 # The miniature's recipe: no heads and a fixed temperature; everything else is LLaVA-1.5's stage 1.
 SETTINGS = {"weight": 1.0, "learnable_temperature": False, "negatives": "batch", "head_dim": 0}
 BATCH = 32
-LLM_STEPS, TOWER_STEPS, LOGGING_STEPS = 400, 400, 10
+LLM_STEPS, TOWER_STEPS, LOGGING_STEPS = 600, 400, 10
 
 
 def run(output, images=6000, epochs=5, seed=0, processes=1):

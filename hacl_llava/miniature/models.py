@@ -7,13 +7,18 @@ import json
 import random
 from pathlib import Path
 
-from .world import COLOURS, SHAPES, SIZE, caption_of, make_scene, render
+from .world import COLOURS, PROMPTS, SHAPES, SHORT, SIZE, caption_of, make_scene, question_about, render
 
+# How LLaVA's conversations of stage 2 begin (its template "v1").
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-def make_tokenizer(folder, seed=0, vocab_size=160):
+def make_tokenizer(folder, seed=0, vocab_size=256):
     """Train a sentencepiece model on captions; write tokenizer.model and its two json files as Vicuna has them."""
     import sentencepiece
 
@@ -21,8 +26,10 @@ def make_tokenizer(folder, seed=0, vocab_size=160):
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     texts = [caption_of(make_scene(rng)) for _ in range(2000)]
-    texts += ["Is there a red circle in the image? Answer yes or no."] * 50
-    texts += ["USER: ASSISTANT: Describe the image briefly."] * 50
+    texts += [
+        f"USER: {question_about(shape)}{SHORT} ASSISTANT: {yes}" for shape in SHAPES for yes in ("Yes", "No")
+    ] * 20
+    texts += [f"{SYSTEM} USER: {prompt} ASSISTANT:" for prompt in PROMPTS] * 100
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -59,8 +66,9 @@ def make_tokenizer(folder, seed=0, vocab_size=160):
     (folder / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "<unk>"}, indent=2))
 
 
-def make_llm(folder, seed=0, steps=0, hidden_size=64, layers=2, progress=False):
-    """Write a Llama checkpoint with its tokenizer; ``steps`` > 0 trains it on captions of random scenes first.
+def make_llm(folder, seed=0, steps=0, hidden_size=64, layers=2, questions=0, progress=False):
+    """Write a Llama checkpoint with its tokenizer; ``steps`` > 0 trains it on captions of random scenes first, and with
+    ``questions`` > 0 half of that time on so many questions about each.
 
     Returns:
         The mean loss of the last steps (nats per token), or None without training.
@@ -90,42 +98,71 @@ def make_llm(folder, seed=0, steps=0, hidden_size=64, layers=2, progress=False):
         )
         model = transformers.LlamaForCausalLM(config)
         model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        loss = _train_on_captions(model, pieces, steps, seed, progress) if steps else None
+        loss = _train_on_text(model, pieces, steps, seed, questions, progress) if steps else None
         model.save_pretrained(folder)
     return loss
 
 
-def _train_on_captions(model, pieces, steps, seed, progress):
-    """Documents of two captions of one scene with EOS between, of which the second sees of the first only its EOS:
-    so the state at EOS comes to sum up a text, as it does in an LLM that has read much."""
+def _train_on_text(model, pieces, steps, seed, questions, progress):
+    """Train on documents of two captions of one scene with EOS between.
+
+    The second sees of the first only its EOS: so the state at EOS comes to sum up a text, as it does in an LLM that has
+    read much. With ``questions``, every second batch is of captions with so many questions and answers, and only the
+    answers are learnt there: so the LLM can say what it has read, as a Vicuna can. (They stay guesses for 1500 steps.)
+    """
     import torch
     from tqdm import tqdm
 
     rng = random.Random(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
     losses = []
     bar = tqdm(range(steps), desc="tiny LLM", disable=not progress)
-    for _ in bar:
-        rows, ends = [], []
-        for _ in range(48):
-            scene = make_scene(rng)
-            row = [1, *pieces.encode(caption_of(scene)), 2]
-            ends.append(len(row) - 1)
-            rows.append(torch.tensor(row + pieces.encode(caption_of(rng.sample(scene, len(scene)))) + [2]))
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-        columns, end = torch.arange(ids.shape[1]), torch.tensor(ends)[:, None, None]
-        real = columns[None] < torch.tensor([len(r) for r in rows])[:, None]
+    for step in bar:
+        asked = questions and step % 2
+        documents = [_document(make_scene(rng), questions if asked else 0, pieces, rng) for _ in range(32)]
+        ids, labels = (
+            torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(d[i]) for d in documents], batch_first=True, padding_value=pad
+            )
+            for i, pad in ((0, 0), (1, -100))
+        )
+        columns, end = torch.arange(ids.shape[1]), torch.tensor([d[2] for d in documents])[:, None, None]
         see = (columns[:, None] >= columns[None])[None] & ((columns[:, None] <= end) | (columns[None] >= end))
         # Boolean and with sdpa, the one mask that every transformers version reads alike.
-        loss = model(input_ids=ids, attention_mask=see[:, None], labels=ids.masked_fill(~real, -100)).loss
+        loss = model(input_ids=ids, attention_mask=see[:, None], labels=labels).loss
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        if not asked:
+            losses.append(loss.item())
+        bar.set_postfix(**{"answers" if asked else "captions": f"{loss.item():.3f}"})
     return sum(losses[-20:]) / len(losses[-20:])
+
+
+def _document(scene, questions, pieces, rng):
+    """(ids, labels, position of the EOS that alone is seen after it) of a document; 0 sees all."""
+    row = [1, *pieces.encode(caption_of(scene))]
+    if not questions:
+        end = len(row)
+        row += [2, *pieces.encode(caption_of(rng.sample(scene, len(scene)))), 2]
+        return row, row, end
+    row += pieces.encode("\n")
+    labels, there = [-100] * len(row), [group[2] for group in scene]
+    for _ in range(questions):
+        yes = rng.random() < 0.5
+        shape = rng.choice(there if yes else [s for s in SHAPES if s not in there])
+        group = caption_of([group for group in scene if group[2] == shape])
+        answer = [*pieces.encode(f"Yes, {group}" if yes else "No"), 2]
+        asked = pieces.encode(f"{question_about(shape)} ASSISTANT:")
+        after = pieces.encode("USER:")
+        row += asked + answer + after
+        labels += [-100] * len(asked) + answer + [-100] * len(after)
+    return row, labels, 0
 
 
 def make_vision_tower(folder, seed=0, steps=0, hidden_size=64, layers=2, progress=False):

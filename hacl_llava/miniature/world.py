@@ -1,7 +1,9 @@
 """Scenes of coloured shapes, rendered with pillow, with captions and hallucinated captions, on disk in LLaVA's format.
 
-A scene is one to three groups of equal shapes in different cells of a 3 x 3 grid. A hallucinated caption changes one
-thing, of one of the four kinds that the paper's prompt names: existence, attribute, quantity, location.
+A scene is one to three groups of equal shapes in different cells of a 3 x 3 grid; shapes of a theme come together more
+often than chance has it, as things in photographs do. A hallucinated caption changes one thing, of one of the four
+kinds that the paper's prompt names: existence, attribute, quantity, location. Instructions are those of LLaVA's stage
+2, questions those of POPE (arXiv 2305.10355), objects those of COCO's annotations, each in the format of its origin.
 """
 
 import json
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw
 
 SIZE = 48
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "bar", "star")
+THEMES = (("circle", "ring", "star", "cross"), ("square", "diamond", "bar", "triangle"))
 COLOURS = {
     "red": (214, 40, 40),
     "green": (40, 160, 70),
@@ -30,13 +33,36 @@ KINDS = ("existence", "attribute", "quantity", "location")
 PROMPTS = ("Describe the image briefly.\n<image>", "<image>\nWhat is shown?", "Give a short caption.\n<image>")
 
 
+# What LLaVA-1.5 ends short questions with, and this world's instructions too.
+SHORT = "\nAnswer the question using a single word or phrase."
+SPLITS = ("random", "popular", "adversarial")
+
+
 def make_scene(rng):
-    """One to three groups ``(count 1-3, colour, shape, cell 0-8)``; no two share a cell or a shape."""
-    number = rng.choice((1, 2, 2, 3))
+    """One to three groups ``(count 1-3, colour, shape, cell 0-8)``; no two share a cell or a shape.
+
+    Three times in four a further shape is of a theme that is there already.
+    """
+    number, shapes = rng.choice((1, 2, 2, 3)), [rng.choice(SHAPES)]
+    while len(shapes) < number:
+        near, far = relatives(shapes)
+        shapes.append(rng.choice(near if not far or (near and rng.random() < 0.75) else far))
     return [
         (rng.randint(1, 3), rng.choice(list(COLOURS)), shape, cell)
-        for shape, cell in zip(rng.sample(SHAPES, number), rng.sample(range(9), number))
+        for shape, cell in zip(shapes, rng.sample(range(9), number))
     ]
+
+
+def relatives(shapes):
+    """(those of the themes of ``shapes``, those of other themes), both without ``shapes``."""
+    themes = {other for theme in THEMES if set(theme) & set(shapes) for other in theme}
+    left = [s for s in SHAPES if s not in shapes]
+    return [s for s in left if s in themes], [s for s in left if s not in themes]
+
+
+def question_about(shape):
+    """POPE's question: ``Is there a circle in the image?``"""
+    return f"Is there a {shape} in the image?"
 
 
 def caption_of(scene):
@@ -106,7 +132,8 @@ def make_dataset(folder, count, seed=0, per_caption=1, name="train"):
 
     Args:
         folder: gets ``<name>.json`` (LLaVA's records with ``hallucinated_captions``, a list of ``per_caption``
-            captions of different kinds) and ``images/<name>/00000/000000000.png`` ...
+            captions of different kinds, and their ``hallucinated_kinds``) and
+            ``images/<name>/00000/000000000.png`` ...
         per_caption: 0 to 4.
 
     Returns:
@@ -117,10 +144,7 @@ def make_dataset(folder, count, seed=0, per_caption=1, name="train"):
     records = []
     for i in range(count):
         scene = make_scene(rng)
-        image = f"{name}/{i // 1000:05d}/{i:09d}.png"
-        path = folder / "images" / image
-        path.parent.mkdir(parents=True, exist_ok=True)
-        render(scene, rng).save(path)
+        image = _save(folder, name, i, scene, rng)
         record = {
             "id": f"{name}-{i:09d}",
             "image": image,
@@ -132,7 +156,112 @@ def make_dataset(folder, count, seed=0, per_caption=1, name="train"):
         kinds = rng.sample(KINDS, per_caption)
         if kinds:
             record["hallucinated_captions"] = [caption_of(hallucinate(scene, kind, rng)) for kind in kinds]
+            record["hallucinated_kinds"] = kinds
         records.append(record)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(records, indent=1), encoding="utf-8")
     return path
+
+
+def make_instructions(folder, count, seed=0, name="instructions"):
+    """Render ``count`` scenes with conversations as LLaVA's stage 2 has them.
+
+    A quarter asks for the caption, the others ask up to three times whether a shape is there. Seven answers in ten are
+    "Yes", to which instruction data leans.
+
+    Returns:
+        The path of the json; its images are relative to ``folder/images``.
+    """
+    rng = random.Random(f"{seed}/{name}")
+    folder, records = Path(folder), []
+    for i in range(count):
+        scene = make_scene(rng)
+        image = _save(folder, name, i, scene, rng)
+        if rng.random() < 0.25:
+            turns = [(rng.choice(PROMPTS).replace("<image>", "").strip(), caption_of(scene))]
+        else:
+            turns = questions_about(scene, rng)
+        conversations = []
+        for n, (question, answer) in enumerate(turns):
+            conversations += [
+                {"from": "human", "value": question if n else f"<image>\n{question}"},
+                {"from": "gpt", "value": answer},
+            ]
+        records.append({"id": f"{name}-{i:09d}", "image": image, "conversations": conversations})
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return path
+
+
+def questions_about(scene, rng):
+    """One to three pairs of question and answer about shapes of a scene, seven answers in ten "Yes"."""
+    there = [group[2] for group in scene]
+    missing = [s for s in SHAPES if s not in there]
+    rng.shuffle(there)
+    rng.shuffle(missing)
+    turns = []
+    for _ in range(rng.randint(1, 3)):
+        yes = bool(there) and rng.random() < 0.7
+        turns.append((question_about((there if yes else missing).pop()) + SHORT, "Yes" if yes else "No"))
+    return turns
+
+
+def make_questions(folder, count, seed=0, name="test"):
+    """Render ``count`` scenes and write what evaluation asks about them.
+
+    Writes under ``folder`` ``mini_pope_<split>.json``, POPE's questions: for each shape in an image one that is not,
+    drawn at random, or a most frequent one ("popular"), or one of a theme that is there ("adversarial"); and
+    ``instances.json``, the shapes of each image in the format of COCO's instances, with ``synonyms.txt``, the words
+    for each in the format of CHAIR's list.
+
+    Returns:
+        {"random": path, "popular": path, "adversarial": path, "instances": path, "synonyms": path}.
+    """
+    rng = random.Random(f"{seed}/{name}")
+    folder = Path(folder)
+    scenes = [make_scene(rng) for _ in range(count)]
+    images = [_save(folder, name, i, scene, rng) for i, scene in enumerate(scenes)]
+    frequency = {s: sum(s == group[2] for scene in scenes for group in scene) for s in SHAPES}
+    paths = {}
+    for split in SPLITS:
+        lines = []
+        for image, scene in zip(images, scenes):
+            there = [group[2] for group in scene]
+            missing = [s for s in SHAPES if s not in there]
+            rng.shuffle(missing)
+            if split == "popular":
+                missing.sort(key=lambda s: -frequency[s])
+            elif split == "adversarial":
+                near, _ = relatives(there)
+                missing.sort(key=lambda s: s not in near)
+            for yes, no in zip(there, missing):
+                lines += [(image, yes, "yes"), (image, no, "no")]
+        paths[split] = folder / f"mini_pope_{split}.json"
+        paths[split].write_text(
+            "".join(
+                json.dumps({"question_id": n, "image": image, "text": question_about(shape), "label": label}) + "\n"
+                for n, (image, shape, label) in enumerate(lines, 1)
+            )
+        )
+    paths["instances"], paths["synonyms"] = folder / "instances.json", folder / "synonyms.txt"
+    instances = {
+        "images": [{"id": i, "file_name": image} for i, image in enumerate(images)],
+        "categories": [{"id": n, "name": shape} for n, shape in enumerate(SHAPES, 1)],
+        "annotations": [
+            {"image_id": i, "category_id": SHAPES.index(group[2]) + 1}
+            for i, scene in enumerate(scenes)
+            for group in scene
+        ],
+    }
+    paths["instances"].write_text(json.dumps(instances))
+    paths["synonyms"].write_text("".join(f"{shape}\n" for shape in SHAPES))
+    return paths
+
+
+def _save(folder, name, index, scene, rng):
+    """Render a scene to its place under ``folder/images``; its path relative to that."""
+    image = f"{name}/{index // 1000:05d}/{index:09d}.png"
+    path = folder / "images" / image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    render(scene, rng).save(path)
+    return image

@@ -1,0 +1,98 @@
+"""The miniature's world: what is asked about an image follows from what is in it."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from hacl_llava.miniature import world
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return world.make_questions(tmp_path_factory.mktemp("questions"), 200)
+
+
+@pytest.fixture(scope="module")
+def there(made):
+    """{image: its shapes}, from the annotations."""
+    found = json.loads(made["instances"].read_text())
+    names = {c["id"]: c["name"] for c in found["categories"]}
+    images = {i["id"]: i["file_name"] for i in found["images"]}
+    shapes = {name: set() for name in images.values()}
+    for annotation in found["annotations"]:
+        shapes[images[annotation["image_id"]]].add(names[annotation["category_id"]])
+    return shapes
+
+
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_labels_are_true_and_balanced(made, there, split):
+    asked = lines(made[split])
+    assert [q["question_id"] for q in asked] == list(range(1, len(asked) + 1))
+    for q in asked:
+        shape = q["text"].split()[3]
+        assert q["text"] == world.question_about(shape) and q["label"] == (
+            "yes" if shape in there[q["image"]] else "no"
+        )
+    for image, shapes in there.items():
+        labels = Counter(q["label"] for q in asked if q["image"] == image)
+        assert labels["yes"] == labels["no"] == len(shapes)
+
+
+def test_adversarial_questions_ask_for_what_often_comes_together(made, there):
+    def near(split):
+        asked = [q for q in lines(made[split]) if q["label"] == "no"]
+        return sum(q["text"].split()[3] in world.relatives(sorted(there[q["image"]]))[0] for q in asked) / len(asked)
+
+    assert near("adversarial") > 0.75 > 0.6 > near("random")
+
+
+def test_scenes_lean_to_a_theme():
+    rng = random.Random(0)
+    scenes = [[g[2] for g in world.make_scene(rng)] for _ in range(2000)]
+    pairs = [(a, b) for shapes in scenes if len(shapes) == 2 for a, b in [shapes]]
+    together = sum(b in world.relatives([a])[0] for a, b in pairs) / len(pairs)
+    assert 0.65 < together < 0.85  # drawn alike it would be 3 of 7
+    assert all(len(set(shapes)) == len(shapes) for shapes in scenes)
+
+
+def test_instructions_tell_the_truth_and_say_yes_too_often(tmp_path):
+    path = world.make_instructions(tmp_path, 300)
+    answers = Counter()
+    for record in json.loads(path.read_text()):
+        assert (tmp_path / "images" / record["image"]).exists()
+        turns = record["conversations"]
+        assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert [("<image>" in t["value"]) for t in turns] == [True] + [False] * (len(turns) - 1)
+        asked = [t["value"].split()[-1] for t in turns[1::2]]
+        if turns[0]["value"].endswith(world.SHORT):
+            answers.update(asked)
+            questions = [t["value"].removeprefix("<image>\n") for t in turns[::2]]
+            assert len(set(questions)) == len(questions)
+    assert set(answers) == {"Yes", "No"} and 0.55 < answers["Yes"] / answers.total() < 0.75
+
+
+def test_the_same_seed_makes_the_same_files(tmp_path):
+    def files(folder, seed):
+        world.make_questions(folder, 5, seed)
+        world.make_instructions(folder, 5, seed)
+        return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    first = files(tmp_path / "a", 0)
+    assert first == files(tmp_path / "b", 0) and first != files(tmp_path / "c", 1)
+
+
+def test_kinds_stand_beside_hallucinated_captions(tmp_path):
+    for record in json.loads(world.make_dataset(tmp_path, 20, per_caption=4).read_text()):
+        assert sorted(record["hallucinated_kinds"]) == sorted(world.KINDS)
+        caption = record["conversations"][1]["value"]
+        for kind, text in zip(record["hallucinated_kinds"], record["hallucinated_captions"]):
+            assert text != caption and len(text.split(" and ")) == len(caption.split(" and "))
+            changed = [(a, b) for a, b in zip(caption.split(), text.split()) if a != b]
+            if kind == "attribute":
+                assert len(changed) == 1 and set(changed[0]) <= set(world.COLOURS)
