@@ -1,0 +1,163 @@
+"""POPE: is this object in the image, yes or no? (Li et al., EMNLP 2023, arXiv 2305.10355). Floor 5.
+
+Answers are judged as POPE's own script does (``evaluate.py`` of AoiDragon/POPE; ``llava/eval/eval_pope.py`` does the
+same): the text up to the first full stop, without commas, split at spaces; "No", "no" or "not" among the words means
+no, anything else means yes. So an empty answer, "NO", "No" before a line break, and every other language count as yes.
+The verdict is kept, so that figures can stand beside published ones; answers in which it is doubtful are counted as
+``unclear`` beside it.
+
+Where that script goes wrong, this one differs:
+
+- it pairs answers with labels by their order in the two files: an answer missing, or in another place, shifts all that
+  follow; here they are paired by question;
+- it divides by zero where the model never says yes, or is never right with it; here precision or F1 is then undefined
+  (nan);
+- every label but "no" is a yes to it; here other labels are refused;
+- (lmms-eval's ``pope_yes_ratio`` is that of the labels; here, as in the script, it is that of the answers.)
+"""
+
+import re
+from pathlib import Path
+
+from ..records import DataError
+from . import Question, read_lines
+from .statistics import ratio
+
+NAME = "pope"
+SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5 (arXiv 2310.03744, its table of prompts)
+MAX_NEW_TOKENS = 128  # llava/eval/model_vqa_loader.py's default, which LLaVA's scripts/v1_5/eval/pope.sh keeps
+
+
+def _f1(c):
+    # With no true positive, precision and recall are 0 or undefined, and so their harmonic mean is undefined.
+    return ratio(2 * c["tp"], (2 * c["tp"] + c["fp"] + c["fn"]) * (c["tp"] > 0))
+
+
+METRICS = {
+    "accuracy": lambda c: ratio(c["tp"] + c["tn"], c["tp"] + c["fp"] + c["tn"] + c["fn"]),
+    "precision": lambda c: ratio(c["tp"], c["tp"] + c["fp"]),
+    "recall": lambda c: ratio(c["tp"], c["tp"] + c["fn"]),
+    "f1": _f1,
+    "yes_ratio": lambda c: ratio(c["tp"] + c["fp"], c["tp"] + c["fp"] + c["tn"] + c["fn"]),
+    "unclear": lambda c: ratio(c["unclear"], c["tp"] + c["fp"] + c["tn"] + c["fn"]),
+}
+
+
+def task_name(path):
+    """What a question file is called: ``coco_pope_adversarial.json`` is "POPE coco adversarial", others their stem."""
+    stem = Path(path).stem
+    found = re.fullmatch(r"(\w+?)_pope_(seem_)?(random|popular|adversarial)", stem)
+    if not found:
+        return f"POPE {stem}"
+    # only COCO has files of both kinds: people's objects, and those that SEEM's segmentation found
+    data, seem, kind = found.groups()
+    return f"POPE {data} {'seem ' if seem and data == 'coco' else ''}{kind}"
+
+
+def read(path, suffix=SUFFIX):
+    """Read one question file; a file with categories is several tasks.
+
+    Args:
+        path: json lines (or a json list) of ``question_id``, ``image``, ``text`` and ``label`` ("yes" or "no"), as
+            POPE's files; or LLaVA's ``llava_pope_test.jsonl``: with ``category`` and no labels, which are then found by
+            image and question in ``coco_pope_<category>.json`` in the same folder or in ``coco/`` in it (LLaVA's
+            layout).
+        suffix: what is added to each question that does not end so.
+
+    Returns:
+        ``{task name: [Question]}``: a dict, of one task or one for each category. ``text`` is complete, ``facts`` is
+        ``{"label"}``.
+
+    Raises:
+        DataError: a line is no question, a label is neither yes nor no, an id comes twice in the file; names the line.
+    """
+    tasks, seen, labels = {}, set(), {}
+    for number, value in read_lines(path):
+        where = f"{path}: line {number}"
+        problem = _problem(value)
+        if problem:
+            raise DataError(f"{where} {problem}")
+        identity, category = str(value["question_id"]), value.get("category")
+        if identity in seen:
+            raise DataError(f"{where} (question_id {identity}): the id comes twice; ids have to be unique in a file.")
+        seen.add(identity)
+        text = value["text"].strip()
+        label = value.get("label")
+        if label is None:
+            if category not in labels:
+                labels[category] = _labels(path, where, category)
+            bare = text.removesuffix(SUFFIX.strip()).strip()
+            label = labels[category].get((value["image"], bare))
+            if label is None:
+                raise DataError(
+                    f"{where} (question_id {identity}): no label, and coco_pope_{category}.json has no question "
+                    f"{bare!r} on {value['image']}; take the files of one release of POPE."
+                )
+        if label not in ("yes", "no"):
+            raise DataError(f'{where} (question_id {identity}): label {label!r}; allowed are "yes" and "no".')
+        if suffix and not text.endswith(suffix.strip()):
+            text += suffix
+        name = task_name(path)
+        if category is not None:
+            coco = value["image"].rpartition("/")[2].startswith("COCO_")
+            name = f"POPE coco {category}" if coco else f"{name} {category}"
+        tasks.setdefault(name, []).append(Question(identity, value["image"], text, {"label": label}))
+    if not tasks:
+        raise DataError(f"{path}: no questions; expected json lines of question_id, image, text and label.")
+    return tasks
+
+
+def _problem(value):
+    if not isinstance(value, dict):
+        return f"is a {type(value).__name__}, expected an object with question_id, image, text and label."
+    for key in ("question_id", "image", "text"):
+        if key not in value:
+            return f"has no {key!r}; expected question_id, image, text and label."
+        kinds = (str, int) if key == "question_id" else (str,)
+        if not isinstance(value[key], kinds) or isinstance(value[key], bool) or value[key] == "":
+            return f"has {key} {value[key]!r}; expected {'a number or text' if key == 'question_id' else 'text'}."
+    return None
+
+
+def _labels(path, where, category):
+    name = f"coco_pope_{category}.json"
+    folder = Path(path).parent
+    for file in (folder / name, folder / "coco" / name):
+        if category is not None and file.is_file():
+            (questions,) = read(file, suffix="").values()
+            return {(q.image, q.text): q.facts["label"] for q in questions}
+    beside = f"; put POPE's {name} into {folder} or {folder / 'coco'}" if category is not None else ""
+    raise DataError(f"{where}: has no label{beside}, or give POPE's own question files, which have labels.")
+
+
+def parse(answer):
+    """ "yes" or "no", as POPE's script takes an answer."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def doubt(answer):
+    """Why an answer is unclear, or None: any case, whole words, in the whole answer."""
+    words = {w.replace("’", "'") for w in re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", answer.lower())}
+    yes, no = "yes" in words, bool(words & {"no", "not"}) or any(w.endswith("n't") for w in words)
+    if yes and no:
+        return "both yes and no"
+    if not yes and not no:
+        return "neither yes nor no" if words else "no words"
+    if (parse(answer) == "yes") != yes:
+        return "the official rule misses its no" if no else "the official rule takes it for no"
+    return None
+
+
+def score(question, answer):
+    """One answer.
+
+    Returns:
+        ``counts``: one of tp, fp, tn, fn ("yes" is positive), correct, unclear; ``parsed`` and ``label``, "yes" or
+        "no"; ``doubt``: why it is unclear, or None.
+    """
+    parsed, label, reason = parse(answer), question.facts["label"], doubt(answer)
+    cell = {("yes", "yes"): "tp", ("yes", "no"): "fp", ("no", "no"): "tn", ("no", "yes"): "fn"}[parsed, label]
+    counts = {name: int(name == cell) for name in ("tp", "fp", "tn", "fn")}
+    counts |= {"correct": int(parsed == label), "unclear": int(reason is not None)}
+    return {"counts": counts, "parsed": parsed, "label": label, "doubt": reason}
