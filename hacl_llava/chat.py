@@ -64,6 +64,51 @@ def open_image(path):
         raise HaclError(f"{path or '(no file)'}: cannot be opened ({reason}); give the path of an image.") from None
 
 
+def generation_settings(model, tokenizer, temperature=0.0):
+    """A checkpoint's own generation settings, without what is not for one answer or (temperature 0) a greedy one.
+
+    Returns:
+        A ``GenerationConfig``, to be handed to ``generate`` and put in place of the model's own: newer transformers
+        look there for what they find unset.
+    """
+    settings = copy.deepcopy(model.generation_config)
+    for name in _NOT_KEPT if temperature else _NOT_KEPT + _SAMPLING:
+        setattr(settings, name, getattr(GenerationConfig(), name, None))
+    settings.do_sample, settings.use_cache = temperature > 0, True
+    settings.pad_token_id = settings.pad_token_id or 0  # never seen: rows are cut at their end
+    if temperature:
+        settings.temperature = temperature
+    if settings.eos_token_id is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+    return settings
+
+
+def prompt_ids(turns, template, tokenizer, config, image=True):
+    """The prompt of a conversation, built as LLaVA's ``eval/model_vqa_loader.py`` builds that of one question.
+
+    Args:
+        turns: [(question, answer)], the last answer None. template: a ``Conversation``. tokenizer: the model's.
+        config: the model's. image: whether the first question is about an image.
+
+    Returns:
+        Token ids [1, n], ``IMAGE_TOKEN_INDEX`` where the image goes. The ``plain`` template, which asks nothing, gives
+        the image alone, as stage 1 trains it.
+    """
+    image = DEFAULT_IMAGE_TOKEN if image else ""
+    if template.sep_style == SeparatorStyle.PLAIN:
+        prompt = image or turns[-1][0]
+    else:
+        if image and getattr(config, "mm_use_im_start_end", False):
+            image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+        before, conv = image and image + "\n", template.copy()
+        for asked, answered in turns:
+            conv.append_message(conv.roles[0], before + asked)
+            conv.append_message(conv.roles[1], answered)
+            before = ""
+        prompt = conv.get_prompt()
+    return tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
+
+
 class _Answer(BaseStreamer):
     """Writes the text of the tokens as they come, without what ends a turn."""
 
@@ -125,15 +170,7 @@ class Chat:
         cut = getattr(config, "tokenizer_model_max_length", None) or self.context
         self.longest = min(cut, self.context - min(max_new_tokens, self.context // 4))
         self.tokenizer.model_max_length = sys.maxsize  # it would warn; lengths are watched here
-        self.settings = settings = copy.deepcopy(self.model.generation_config)
-        for name in _NOT_KEPT if temperature else _NOT_KEPT + _SAMPLING:
-            setattr(settings, name, getattr(GenerationConfig(), name, None))
-        settings.do_sample, settings.use_cache = temperature > 0, True
-        settings.pad_token_id = settings.pad_token_id or 0  # never seen: there is one row
-        if temperature:
-            settings.temperature = temperature
-        if settings.eos_token_id is None:
-            settings.eos_token_id = self.tokenizer.eos_token_id
+        self.settings = settings = generation_settings(self.model, self.tokenizer, temperature)
         self.model.generation_config = settings  # newer transformers looks there for what it finds unset
 
     def show(self, image):
@@ -196,20 +233,18 @@ class Chat:
         return answer.text
 
     def _prompt(self, turns, question):
-        image = "" if self.pixels is None else DEFAULT_IMAGE_TOKEN
-        if self.plain:
-            prompt = image or question  # as stage 1 trains it: nothing stands beside the image
-        else:
-            if image and getattr(self.model.config, "mm_use_im_start_end", False):
-                image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-            before, conv = image and image + "\n", self.template.copy()
-            for asked, answered in (*turns, (question, None)):
-                conv.append_message(conv.roles[0], before + asked)
-                conv.append_message(conv.roles[1], answered)
-                before = ""
-            prompt = conv.get_prompt()
-        ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        return ids[None].to(self.model.device)
+        turns, image = (*turns, (question, None)), self.pixels is not None
+        return prompt_ids(turns, self.template, self.tokenizer, self.model.config, image).to(self.model.device)
+
+
+def check_arguments(args):
+    """Refuse ``args.device`` where this machine has no such, and ``args.conv`` where LLaVA has no such template."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", *(["cuda"] if gpus else []), *gpus]
+    if args.device not in (None, *devices):
+        raise HaclError(f"--device is {args.device!r}; allowed on this machine: {', '.join(devices)}.")
+    if args.conv not in (None, *conv_templates):
+        raise HaclError(f"--conv is {args.conv!r}; allowed are: {', '.join(sorted(conv_templates))}.")
 
 
 def say(text):
@@ -229,12 +264,7 @@ def run(args):
     Raises:
         HaclError: an argument is out of range; the checkpoint or, with a question, the image cannot be read.
     """
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    if args.device not in (None, *devices):
-        raise HaclError(f"--device is {args.device!r}; allowed on this machine: {', '.join(devices)}.")
-    if args.conv not in (None, *conv_templates):
-        raise HaclError(f"--conv is {args.conv!r}; allowed are: {', '.join(sorted(conv_templates))}.")
+    check_arguments(args)
     if not 0 <= args.temperature < float("inf"):
         raise HaclError(f"--temperature is {args.temperature}; allowed are 0 (no sampling) and more.")
     if args.max_new_tokens < 1:

@@ -1,7 +1,8 @@
 """LLaVA's records: what one must look like, and reading and writing many of them, however large the file. Floor 1.
 
-A record is LLaVA's own, plus ``"hallucinated_captions"`` (a string or a list of strings) and, where it is known what each
-of them gets wrong, ``"hallucinated_kinds"``; the key of the official release, ``"Hallucination caption"``, is read too. The caption is the first answer of the conversation.
+A record is LLaVA's own, plus ``"hallucinated_captions"`` (a string or a list of strings) and, where it is known what
+each of them gets wrong, ``"hallucinated_kinds"``; the official release's key, ``"Hallucination caption"``, is read too.
+The caption is the first answer of the conversation.
 """
 
 import gzip
@@ -48,7 +49,7 @@ def hallucinated_captions(record):
 
 
 def hallucinated_kinds(record):
-    """What each of `hallucinated_captions` gets wrong: a list of the same length, None where the record does not say."""
+    """What each of `hallucinated_captions` gets wrong, as a list in step; None where the record does not say."""
     value = next((record[key] for key in HALLUCINATED_KEYS if record.get(key) is not None), [])
     value, kinds = [value] if isinstance(value, str) else value, record.get(KINDS_KEY)
     if not isinstance(kinds, list) or len(kinds) != len(value):
@@ -176,8 +177,7 @@ def _stream(path, file):
 
 
 def with_captions(text, record, captions, kinds):
-    """The text of a record with ``captions`` as its ``"hallucinated_captions"`` and their ``kinds``, two lists of the same
-    length, as its ``"hallucinated_kinds"``; everything else as it stands."""
+    """The text of a record with ``captions`` and their ``kinds``, two lists in step; everything else as it stands."""
     added = {HALLUCINATED_KEYS[0]: captions, KINDS_KEY: kinds}
     old = (*HALLUCINATED_KEYS, KINDS_KEY)
     if any(key in record for key in old):  # empty ones, or ones to be replaced

@@ -265,21 +265,21 @@ def test_plain_gives_the_caption_whatever_is_asked(loaded, picture, monkeypatch)
 def test_the_oldest_turns_go_when_the_context_is_full(loaded, picture, monkeypatch, capsys):
     from hacl_llava.chat import Chat, open_image
 
-    loaded.model.config.tokenizer_model_max_length = 300  # LLaVA would cut the question off there
+    loaded.model.config.tokenizer_model_max_length = 200  # LLaVA would cut the question off there
     chat = Chat(loaded, "v1", max_new_tokens=8, out=io.StringIO())
-    assert chat.longest == 300
+    assert chat.longest == 200
     chat.show(open_image(str(picture)))
     seen = prompts_of(chat, monkeypatch)
     for i in range(8):
         assert chat.ask(f"Is there a red circle in the image? {i}")
         tokens = seen[-1]
-        assert len(tokens) + 8 <= 300 and tokens.count(-200) == 1  # the image moves to the oldest turn kept
+        assert len(tokens) + 8 <= 200 and tokens.count(-200) == 1  # the image moves to the oldest turn kept
         assert loaded.tokenizer.decode(tokens[tokens.index(-200) + 1 :]).rstrip().endswith(f"{i} ASSISTANT:")
     err = capsys.readouterr().err
     assert "oldest 1 turns are dropped" in err
     assert 0 < len(chat.turns) < 8 and chat.turns[-1][0].endswith("7")
     before = list(chat.turns)
-    with pytest.raises(HaclError, match="the question has 1.* tokens, its image's included; allowed are 300"):
+    with pytest.raises(HaclError, match="the question has 1.* tokens, its image's included; allowed are 200"):
         chat.ask("red circle " * 500)
     assert chat.turns == before and chat.ask("Is there a red circle?")
 

@@ -77,38 +77,20 @@ class _Trouble(NamedTuple):
     detail: str = ""  # all that the endpoint says about a request it does not accept
 
 
-class _Endpoint:
-    """What both sources share: settings, request bodies, the reading of responses and errors, and the bill."""
+class Connection:
+    """An OpenAI-compatible endpoint's address and key, checked, and what its errors mean.
 
-    whole_blocks, _sample = False, ""
+    Args:
+        model: its name at the endpoint. base_url: OpenAI's, or that of ``OPENAI_BASE_URL``, if None. key_env: the
+            environment variable that holds the key. timeout: seconds for one request.
 
-    def __init__(
-        self, *, model, checker, prompt=None, base_url=None, key_env="OPENAI_API_KEY", temperature=1.0,
-        max_output_tokens=None, timeout=60, retries=6, attempts=3, response_format="schema", price=None,
-        max_cost=None, spent=None, seed=None,
-    ):  # fmt: skip
+    Raises:
+        HaclError: no address, or no key where one is needed. ImportError: the package openai is not installed.
+    """
+
+    def __init__(self, model, base_url=None, key_env="OPENAI_API_KEY", timeout=60):
         _openai()
-        self.model, self.checker, self.prompt = model, checker, prompt or Prompt()
-        self.temperature, self.max_output_tokens, self.seed = temperature, max_output_tokens, seed
-        self.timeout, self.retries, self.attempts = timeout, retries, attempts
-        self.price, self.max_cost = price, max_cost
-        self.spent = Counter(spent or {})
-        self.stopped = None
-        if response_format not in FORMATS:
-            raise HaclError(f"response_format is {response_format!r}, allowed is one of {', '.join(FORMATS)}.")
-        if attempts < 1 or retries < 0 or timeout <= 0:
-            raise HaclError(
-                f"attempts is {attempts}, retries {retries}, timeout {timeout}; allowed is attempts >= 1, retries >= 0 "
-                "and a timeout above 0 seconds."
-            )
-        if max_cost is not None and not price:
-            raise HaclError(
-                f"max_cost is {max_cost}, but without a price nothing can be counted against it; give price too, the "
-                "dollars per million tokens of input and of output."
-            )
-        self._form = (response_format, "max_tokens")
-        self._flying = Counter()  # tokens set aside for requests under way
-        self._alive = False  # whether a completion has come back
+        self.model, self.timeout = model, timeout
         self.url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         try:
             parts = urlsplit(self.url)
@@ -138,6 +120,78 @@ class _Endpoint:
         text = " ".join(str(text).split())
         text = text.replace(self._key, "***") if self._key else text
         return text if len(text) <= length else text[:length] + "..."
+
+    def _trouble(self, error):
+        """What an exception of the client means."""
+        openai = _openai()
+        if isinstance(error, openai.APITimeoutError | TimeoutError | asyncio.TimeoutError):
+            unreachable = type(error.__cause__).__name__ == "ConnectTimeout"
+            return _Trouble(f"no answer within {self.timeout} s", retry=True, unreachable=unreachable)
+        if not isinstance(error, openai.APIStatusError):
+            cause = error.__cause__ or error
+            # Whatever breaks once a connection stands (Read..., RemoteProtocol...) says that somebody is there.
+            unreachable = type(cause).__name__.startswith(("Connect", "Proxy", "Unsupported"))
+            why = f"{type(cause).__name__}: {self._clean(cause)}"
+            return _Trouble(f"no connection ({why})", retry=True, unreachable=unreachable)
+        status, body = error.status_code, error.body
+        body = body if isinstance(body, dict) else {"message": body}
+        text = f"{status}: {self._clean(body.get('message') or body)}"
+        codes = self._clean(json.dumps(body, default=str), 5000)
+        trouble = _Trouble(text, detail=codes if status in (400, 422) else "")
+        if status == 402 or "insufficient_quota" in codes:
+            return trouble._replace(fatal=f"{self.url}: no credit is left ({text}); add some, then run again to go on.")
+        if status in (400, 403, 422) and POLICY.search(codes):
+            return trouble._replace(refused=True)
+        if status in (401, 403):
+            key = f"check the environment variable {self._key_env}" if self._key else f"set {self._key_env} to a key"
+            return trouble._replace(fatal=f"{self.url} refuses the key ({text}); {key}.")
+        if status in (404, 405):
+            return trouble._replace(
+                fatal=f"{self.url} does not know the model {self.model!r}, or is not the right address ({text}); check "
+                "model and base_url (which mostly ends in /v1)."
+            )
+        if status in (408, 409, 425, 429) or status >= 500:
+            wait = _retry_after(error.response.headers)
+            if wait > LONGEST_WAIT:
+                return trouble._replace(
+                    fatal=f"{self.url} asks to wait for {wait:.0f} s ({text}); run again after that to go on."
+                )
+            return trouble._replace(retry=True, wait=wait)
+        return trouble
+
+
+class _Endpoint(Connection):
+    """What both sources share: settings, request bodies, the reading of responses and errors, and the bill."""
+
+    whole_blocks, _sample = False, ""
+
+    def __init__(
+        self, *, model, checker, prompt=None, base_url=None, key_env="OPENAI_API_KEY", temperature=1.0,
+        max_output_tokens=None, timeout=60, retries=6, attempts=3, response_format="schema", price=None,
+        max_cost=None, spent=None, seed=None,
+    ):  # fmt: skip
+        self.checker, self.prompt = checker, prompt or Prompt()
+        self.temperature, self.max_output_tokens, self.seed = temperature, max_output_tokens, seed
+        self.retries, self.attempts = retries, attempts
+        self.price, self.max_cost = price, max_cost
+        self.spent = Counter(spent or {})
+        self.stopped = None
+        if response_format not in FORMATS:
+            raise HaclError(f"response_format is {response_format!r}, allowed is one of {', '.join(FORMATS)}.")
+        if attempts < 1 or retries < 0 or timeout <= 0:
+            raise HaclError(
+                f"attempts is {attempts}, retries {retries}, timeout {timeout}; allowed is attempts >= 1, retries >= 0 "
+                "and a timeout above 0 seconds."
+            )
+        if max_cost is not None and not price:
+            raise HaclError(
+                f"max_cost is {max_cost}, but without a price nothing can be counted against it; give price too, the "
+                "dollars per million tokens of input and of output."
+            )
+        self._form = (response_format, "max_tokens")
+        self._flying = Counter()  # tokens set aside for requests under way
+        self._alive = False  # whether a completion has come back
+        super().__init__(model, base_url, key_env, timeout)
 
     def _body(self, work):
         """The request's body: messages, settings, form of the answer."""
@@ -235,44 +289,6 @@ class _Endpoint:
             return False
         print(f"{self.url} does not take {changed[0]}; going on with {changed[1]}.", file=sys.stderr)
         return True
-
-    def _trouble(self, error):
-        """What an exception of the client means."""
-        openai = _openai()
-        if isinstance(error, openai.APITimeoutError | TimeoutError | asyncio.TimeoutError):
-            unreachable = type(error.__cause__).__name__ == "ConnectTimeout"
-            return _Trouble(f"no answer within {self.timeout} s", retry=True, unreachable=unreachable)
-        if not isinstance(error, openai.APIStatusError):
-            cause = error.__cause__ or error
-            # Whatever breaks once a connection stands (Read..., RemoteProtocol...) says that somebody is there.
-            unreachable = type(cause).__name__.startswith(("Connect", "Proxy", "Unsupported"))
-            why = f"{type(cause).__name__}: {self._clean(cause)}"
-            return _Trouble(f"no connection ({why})", retry=True, unreachable=unreachable)
-        status, body = error.status_code, error.body
-        body = body if isinstance(body, dict) else {"message": body}
-        text = f"{status}: {self._clean(body.get('message') or body)}"
-        codes = self._clean(json.dumps(body, default=str), 5000)
-        trouble = _Trouble(text, detail=codes if status in (400, 422) else "")
-        if status == 402 or "insufficient_quota" in codes:
-            return trouble._replace(fatal=f"{self.url}: no credit is left ({text}); add some, then run again to go on.")
-        if status in (400, 403, 422) and POLICY.search(codes):
-            return trouble._replace(refused=True)
-        if status in (401, 403):
-            key = f"check the environment variable {self._key_env}" if self._key else f"set {self._key_env} to a key"
-            return trouble._replace(fatal=f"{self.url} refuses the key ({text}); {key}.")
-        if status in (404, 405):
-            return trouble._replace(
-                fatal=f"{self.url} does not know the model {self.model!r}, or is not the right address ({text}); check "
-                "model and base_url (which mostly ends in /v1)."
-            )
-        if status in (408, 409, 425, 429) or status >= 500:
-            wait = _retry_after(error.response.headers)
-            if wait > LONGEST_WAIT:
-                return trouble._replace(
-                    fatal=f"{self.url} asks to wait for {wait:.0f} s ({text}); run again after that to go on."
-                )
-            return trouble._replace(retry=True, wait=wait)
-        return trouble
 
 
 def _retry_after(headers):

@@ -33,7 +33,8 @@ def _weighted(names, least):
     return read
 
 
-def _whole(text):
+def whole(text):
+    """An argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number from 1")
     return int(text)
@@ -62,7 +63,7 @@ def add_arguments(parser):
         help="rules (no network, no model; the default), api (an OpenAI-compatible endpoint), local (a Hugging Face "
         "model); give it again to mix: --source rules=0.3 --source api=0.7",
     )
-    add("--per-caption", type=_whole, default=1, metavar="K", help="hallucinated captions for each (default: 1)")
+    add("--per-caption", type=whole, default=1, metavar="K", help="hallucinated captions for each (default: 1)")
     add(
         "--types",
         type=_weighted(KINDS, 0),
@@ -73,11 +74,11 @@ def add_arguments(parser):
     add("--seed", type=int, default=0, help="of every random choice (default: 0)")
     add(
         "--workers",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="processes of rules (default: cores), requests in flight of api (16)",
     )
-    add("--limit", type=_whole, metavar="N", help="only the first N records; the same command without it goes on")
+    add("--limit", type=whole, metavar="N", help="only the first N records; the same command without it goes on")
     add(
         "--length-ratio",
         type=_amount,
@@ -98,8 +99,8 @@ def add_arguments(parser):
     add("--prompt-file", metavar="FILE", help="system prompt in place of the paper's")
     add("--examples", metavar="FILE", help='json lines with "caption", "hallucinated_caption" and "kind", shown first')
     add("--temperature", type=_amount, default=1.0, help="of sampling (default: 1.0)")
-    add("--max-output-tokens", type=_whole, metavar="N", help="of one answer (default: by the caption's length)")
-    add("--attempts", type=_whole, default=3, metavar="N", help="for each caption, until checks pass (default: 3)")
+    add("--max-output-tokens", type=whole, metavar="N", help="of one answer (default: by the caption's length)")
+    add("--attempts", type=whole, default=3, metavar="N", help="for each caption, until checks pass (default: 3)")
 
     group = parser.add_argument_group("source api (the key comes from the environment alone)")
     add = group.add_argument
@@ -123,7 +124,7 @@ def add_arguments(parser):
     group = parser.add_argument_group("source local")
     add = group.add_argument
     add("--local-model", metavar="PATH", help="a causal LM, path or hub id")
-    add("--batch-size", type=_whole, default=16, metavar="N", help="captions at a time (default: 16)")
+    add("--batch-size", type=whole, default=16, metavar="N", help="captions at a time (default: 16)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

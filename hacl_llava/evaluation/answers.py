@@ -1,0 +1,221 @@
+"""Greedy answers of a loaded checkpoint, in batches. Floor 5.
+
+Prompts and images are those of LLaVA's ``eval/model_vqa_loader.py``, and so are the answers, token for token. A batch
+holds rows of one length alone, with images of one shape: nothing is padded, so nothing has to be masked.
+"""
+
+import os
+import sys
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..chat import generation_settings, open_image, prompt_ids, say
+from ..config import HaclError
+from .journal import Answer, image_file
+
+# isort: split
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.mm_utils import process_images
+
+WAITING = 8  # batches' worth of images that wait for others of their kind at most
+
+
+class _Images(Dataset):
+    """(pixels as numpy, (width, height), None) of each question, or (None, None, what is wrong).
+
+    Numpy goes through a pipe: tensors would go through shared memory, of which containers have little.
+    """
+
+    def __init__(self, questions, folder, processor, config):
+        self.questions, self.folder, self.processor, self.config = questions, folder, processor, config
+
+    def __len__(self):
+        return len(self.questions)
+
+    def __getitem__(self, index):
+        try:
+            image = open_image(str(image_file(self.folder, self.questions[index].image)))
+            pixels = process_images([image], self.processor, self.config)[0]
+        except HaclError as error:
+            return None, None, str(error)
+        except Exception as error:  # whatever a damaged or odd image does to a library: one item, not the run
+            return None, None, f"{self.questions[index].image}: cannot be processed ({type(error).__name__}: {error})."
+        return pixels.numpy(), image.size, None
+
+
+def _as_it_is(value):
+    return value
+
+
+def alive(loader):
+    """What a DataLoader yields; HaclError where one of its processes was ended from outside."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise HaclError(
+            "a process that reads images was ended from outside, mostly for want of memory; the same command goes on."
+        ) from None
+
+
+class Answerer:
+    """Asks a checkpoint.
+
+    Args:
+        loaded: what `load_pretrained` returns. template: a name of ``llava.conversation.conv_templates``; ``plain``
+            asks nothing, its answer is the image's caption. batch_size: rows at a time; halved where they do not fit.
+        workers: processes that read images (None: up to 4 beside a GPU, else none).
+    """
+
+    def __init__(self, loaded, template, batch_size=16, workers=None):
+        self.tokenizer, self.model, self.image_processor, context = loaded
+        self.template, self.batch_size, self.said = conv_templates[template], batch_size, False
+        self.plain = self.template.sep_style == SeparatorStyle.PLAIN
+        self.tokenizer.model_max_length = sys.maxsize  # it would warn; lengths are watched here
+        if workers is None:
+            workers = 0 if self.model.device.type == "cpu" else min(4, os.cpu_count() or 1)
+        self.workers, self.settings = workers, generation_settings(self.model, self.tokenizer)
+        config, tower = self.model.config, self.model.get_vision_tower()
+        self.context = getattr(config, "max_position_embeddings", context)
+        self.cut = getattr(config, "tokenizer_model_max_length", None) or self.context
+        # With the class token of some towers, and the line ends that LLaVA-1.6 puts between rows of patches.
+        self.tokens_of_a_picture = tower.num_patches + tower.num_patches_per_side + 1
+        ends = self.settings.eos_token_id
+        self.ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
+
+    def prompt(self, question):
+        """The token ids [1, n] of a question."""
+        text = question.text.encode("utf-8", "replace").decode().replace(DEFAULT_IMAGE_TOKEN, "")
+        return prompt_ids([(text, None)], self.template, self.tokenizer, self.model.config)
+
+    def room(self, ids, pixels, max_new_tokens):
+        """How many tokens an answer may have, at most ``max_new_tokens``.
+
+        Args:
+            ids: [1, n] of the prompt. pixels: [3, H, W] of its image, or [P, 3, H, W] of LLaVA-1.6's patches.
+
+        Raises:
+            HaclError: prompt and image are too long: LLaVA would cut the end off without a word, the question.
+        """
+        length = ids.shape[1] - 1 + _pictures(pixels) * self.tokens_of_a_picture
+        if length > (longest := min(self.cut, self.context - min(max_new_tokens, self.context // 4))):
+            raise HaclError(f"takes {length} tokens with its image; allowed are {longest}.")
+        return min(max_new_tokens, self.context - length)
+
+    def answers(self, questions, images, max_new_tokens):
+        """Ask questions about images.
+
+        Args:
+            questions: a list of `Question`. images: the image folder. max_new_tokens: of an answer.
+
+        Yields:
+            `Answer`, with ``error`` where an image cannot be read or a question is too long; nearly in order: rows
+            wait for others that a batch can hold with them.
+
+        Raises:
+            HaclError: one row alone does not fit into the GPU's memory.
+        """
+        data = _Images(questions, images, self.image_processor, self.model.config)
+        more = {"prefetch_factor": 4} if self.workers else {}
+        loader = DataLoader(data, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is, **more)
+        waiting = {}
+        for question, (pixels, size, error) in zip(questions, alive(loader)):
+            if error:
+                yield Answer(question, error=error)
+                continue
+            ids, pixels = self.prompt(question), torch.from_numpy(pixels)
+            try:
+                room = self.room(ids, pixels, max_new_tokens)
+            except HaclError as error:
+                yield Answer(question, error=f"the question {error}")
+                continue
+            key = kind_of(ids, pixels, size)
+            waiting.setdefault(key, []).append((question, ids, pixels, size, room))
+            if len(waiting[key]) >= self.batch_size:
+                yield from self._answer(waiting.pop(key))
+            elif sum(map(len, waiting.values())) >= WAITING * self.batch_size:
+                yield from self._answer(waiting.pop(max(waiting, key=lambda k: len(waiting[k]))))
+        for rows in waiting.values():
+            yield from self._answer(rows)
+
+    def _answer(self, rows):
+        while rows:
+            batch = rows[: self.batch_size]
+            found = self._within_memory(batch)
+            if found is None:
+                if len(batch) == 1:
+                    raise HaclError(
+                        "one question alone does not fit into the GPU's memory; take a larger GPU, --bits 4 or 8, or a "
+                        "smaller --max-new-tokens. The same command goes on where this one stopped."
+                    )
+                self.batch_size = len(batch) // 2
+                if not self.said:
+                    say(f"{len(batch)} questions at a time do not fit into the GPU's memory; going on with less.")
+                    self.said = True
+                torch.cuda.empty_cache()
+                continue
+            for (question, *_), (text, tokens) in zip(batch, found):
+                yield Answer(question, text, tokens=tokens)
+            rows = rows[len(batch) :]
+
+    def _within_memory(self, rows):
+        """`reply`, or None; the failed pass and its tensors are gone when this returns."""
+        try:
+            return self.reply(rows)
+        except torch.cuda.OutOfMemoryError:
+            return None
+
+    def reply(self, rows):
+        """Greedy answers to rows that one batch can hold.
+
+        Args:
+            rows: (anything, ids, pixels, size, new tokens at most), all of one `kind_of`.
+
+        Returns:
+            (text, token ids) of each row.
+        """
+        _, ids, pixels, sizes, limits = zip(*rows)
+        tokens = self.generate(torch.cat(ids), torch.stack(pixels), sizes, min(limits))
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [(text.strip(), tuple(row)) for text, row in zip(texts, tokens)]
+
+    def generate(self, ids, pixels, sizes, max_new_tokens):
+        """Greedy tokens after prompts of one length.
+
+        Args:
+            ids: [B, n], ``IMAGE_TOKEN_INDEX`` in each row once. pixels: [B, 3, H, W], or [B, P, 3, H, W] of LLaVA-1.6's
+                patches. sizes: (width, height) of each image. max_new_tokens: of each answer.
+
+        Returns:
+            B lists of token ids, to the end of the answer (EOS included).
+        """
+        before, self.model.generation_config = self.model.generation_config, self.settings
+        self.settings.max_new_tokens = max_new_tokens
+        try:
+            with torch.inference_mode():
+                out = self.model.generate(
+                    ids.to(self.model.device),
+                    images=pixels.to(self.model.device, dtype=self.model.dtype),
+                    image_sizes=list(sizes),
+                    generation_config=self.settings,
+                )
+        finally:
+            self.model.generation_config = before
+        return [_to_its_end(row, self.ends) for row in out.tolist()]
+
+
+def kind_of(ids, pixels, size):
+    """What rows of one batch have in common; arguments as of `Answerer.room`, and the image's (width, height)."""
+    return ids.shape[1], pixels.shape, _pictures(pixels) > 1 and size  # LLaVA-1.6: size says how many tokens it takes
+
+
+def _pictures(pixels):
+    return len(pixels) if pixels.ndim == 4 else 1
+
+
+def _to_its_end(tokens, ends):
+    end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:end]

@@ -1,0 +1,212 @@
+"""The files that an evaluation writes as it goes, and goes on from after a kill; and where its images lie. Floor 5."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import HaclError
+from ..records import DataError
+from . import Question, write_json, write_text
+
+SYNC_EVERY = 5  # seconds; what is lost by a power cut, by a kill nothing is
+_WHOLE, _BLOCK, _BLOCKS = 64 << 20, 4096, 64
+_OF_THE_MODEL = re.compile(  # not results, which may be written beside it
+    r".*\.(bin|safetensors|model|index\.json)|(.*config|tokenizer|special_tokens_map|added_tokens)\.json"
+)
+
+
+class Answer(NamedTuple):
+    """What came of one question: ``text``, or ``error`` where nothing came. ``tokens``: a checkpoint's own, as ids."""
+
+    question: Question
+    text: str | None = None
+    error: str | None = None
+    tokens: tuple = ()
+
+
+def image_file(folder, name):
+    """The path of a question's image.
+
+    Args:
+        folder: the image folder. name: relative to it. Links are followed: data sets are often made of them.
+
+    Raises:
+        HaclError: the name leads out of the folder, or there is no such file.
+    """
+    if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+        raise HaclError(f"{name!r}: leads out of the image folder {folder}, so it is not opened.")
+    path = Path(folder, name)
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):
+        found = False
+    if not found:
+        raise HaclError(f"{path}: no such file.")
+    return path
+
+
+def digest_of(folder):
+    """A sha256 that tells one checkpoint from another without reading gigabytes.
+
+    It covers names and sizes of a folder's weights and of the settings beside them, all of those up to 64 MiB, and of
+    larger ones 64 blocks spread over the file and its last MiB.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.is_file() and _OF_THE_MODEL.fullmatch(p.name)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            if size <= _WHOLE:
+                digest.update(file.read())
+                continue
+            for i in range(_BLOCKS):
+                file.seek(size * i // _BLOCKS)
+                digest.update(file.read(_BLOCK))
+            file.seek(size - (1 << 20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for this process alone; it is free again when the process ends, however it ends.
+
+    Raises:
+        HaclError: another run holds it, or it cannot be written to.
+    """
+    path = Path(folder, ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise HaclError(f"{folder}: cannot be written to ({error.strerror}); choose another --output.") from None
+    with file:
+        try:
+            # Not flock: that would live on in the processes that load images when this one is killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise HaclError(f"{folder}: another run writes there; wait for it, or choose another --output.") from None
+        except OSError as error:  # file systems without locks
+            print(f"{folder}: cannot be locked ({error.strerror}); let no other run write there.", file=sys.stderr)
+        yield
+
+
+def check_settings(path, settings):
+    """Compare what answers depend on with what the answers of an earlier run depend on.
+
+    Args:
+        path: settings.json. settings: {name: value}; names that are not given are not compared.
+
+    Returns:
+        What the file holds, {} if there is none.
+
+    Raises:
+        HaclError: they differ; the message says where. DataError: the file is no such file.
+    """
+    path = Path(path)
+    if not path.exists():
+        if path.with_name("answers.jsonl").exists():
+            raise HaclError(f"{path.parent}: has answers, but no {path.name} that says whose; choose another --output.")
+        return {}
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        old["questions"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: is not what an evaluation writes ({error}); choose another --output.") from None
+    changed = [n for n, v in json.loads(json.dumps(settings)).items() if n not in old or old[n] != v]
+    if changed:
+        name = changed[0]
+        raise HaclError(
+            f"{path}: the answers there are of another evaluation: {name} was {_short(old.get(name))}, now it is "
+            f"{_short(settings[name])}{' (' + ', '.join(changed[1:]) + ' differ too)' if changed[1:] else ''}; choose "
+            f"another --output, or remove {path.parent} to ask anew."
+        )
+    return old
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+class Journal:
+    """A file of json lines that grows by whole lines; the last line of a key counts.
+
+    Args:
+        path: the file; a last line that was cut off by a kill is removed, and stderr says so.
+        key: the field, or the fields, that name a line.
+
+    Raises:
+        DataError: another line is damaged.
+    """
+
+    def __init__(self, path, *key):
+        self.path, self.key, self.lines, self._file = Path(path), key, {}, None
+        try:
+            data = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror}).") from None
+        *lines, rest = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                value = json.loads(line)
+                self.lines[self._name(value)] = value
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self.path}: line {number} is damaged ({error}); remove it to go on.") from None
+        if rest:
+            print(f"{self.path}: the last line was not written to its end; it is cut off.", file=sys.stderr)
+            os.truncate(self.path, len(data) - len(rest))
+
+    def _name(self, value):
+        return tuple(value[k] for k in self.key) if len(self.key) > 1 else value[self.key[0]]
+
+    def append(self, value):
+        """Add a line; it outlives this process at once, and a power cut after `SYNC_EVERY` seconds."""
+        try:
+            if self._file is None:
+                self._file, self._synced = open(self.path, "ab"), time.monotonic()
+            self._file.write(_line(value).encode("utf-8", "backslashreplace"))  # as `write_text`
+            self._file.flush()
+            if time.monotonic() - self._synced > SYNC_EVERY:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise HaclError(
+                f"{self.path}: cannot be written ({error.strerror}); answers so far are kept, the same command goes on."
+            ) from None
+        self.lines[self._name(value)] = value
+
+    def close(self):
+        if self._file is not None:
+            with self._file:
+                os.fsync(self._file.fileno())
+            self._file = None
+
+    def sort(self, names):
+        """Rewrite the file, one line for each key, in the order of ``names``, others after them."""
+        self.close()
+        order = {name: i for i, name in enumerate(names)}
+        lines = sorted(self.lines.items(), key=lambda line: order.get(line[0], len(order)))
+        write_lines(self.path, (value for _, value in lines))
+
+
+def _line(value):
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_lines(path, values):
+    """Write a file of json lines so that it appears whole or not at all."""
+    write_text(path, "".join(map(_line, values)))
+
+
+def write_settings(path, settings):
+    """Write settings.json, unless it is there."""
+    if not Path(path).exists():
+        write_json(path, settings)
