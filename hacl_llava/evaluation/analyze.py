@@ -1,0 +1,398 @@
+"""``hacl-llava analyze``: the paper's Figure 1 (arXiv 2312.06968) and its numbers, for one to four checkpoints."""
+
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+from ..config import HaclError
+from . import provenance, write_json, write_text
+from .page import as_html, as_markdown
+from .plotting import METHODS
+
+SPACES = {"llm": "the LLM's space", "head": "head space"}
+_MODELS = 4  # side by side at most
+_NAMED = 20  # skipped records named on the page; analysis.json has more
+# label, and how to read it
+LABELS = {
+    "modality_gap": ("modality gap", "distance between the centroids of images and captions; 0: none"),
+    "modality_gap_relative": ("modality gap, relative", "the same over the mean distance from the own centroid"),
+    "gap_image_hallucinated": ("gap image - hallucinated", "between the centroids of images and hallucinated captions"),
+    "gap_caption_hallucinated": ("gap caption - hallucinated", "between those of captions and hallucinated captions"),
+    "image_to_text_r1": ("image to text R@1", "a right caption is the nearest of all to the image"),
+    "image_to_text_r5": ("image to text R@5", "... is among the five nearest"),
+    "text_to_image_r1": ("text to image R@1", "a right image is the nearest of all to the caption"),
+    "text_to_image_r5": ("text to image R@5", "... is among the five nearest"),
+    "closer_to_true": ("closer to true", "pairs whose image is closer to its caption than to the hallucinated one"),
+    "closer_to_true_than_all": ("closer to true than to all", "images for which that holds for all they have"),
+    "mean_margin": ("mean margin", "cosine with the caption less that with a hallucinated caption"),
+    "alignment": ("squared distance of image and caption", "mean; alignment of Wang & Isola; lower: closer"),
+    "alignment_hallucinated": ("squared distance of image and hallucinated caption", "the same with those"),
+    "uniformity_image": ("uniformity of images", "0: all at one point; lower: more spread over the sphere"),
+    "uniformity_caption": ("uniformity of captions", "the same of captions"),
+    "separability_image_caption": (
+        "separable: image, caption",
+        "AUC of a linear classifier; 0.5: not at all, 1: fully",
+    ),
+    "separability_caption_hallucinated": ("separable: caption, hallucinated", "the same; it sees no image"),
+}
+_SPOKEN = ("modality_gap", "alignment", "image_to_text_r1", "text_to_image_r1", "closer_to_true", "mean_margin")
+
+
+def add_arguments(parser):
+    """Add the arguments of ``hacl-llava analyze`` to an argparse parser."""
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or hub id; one to four")
+    parser.add_argument("--data", metavar="JSON", required=True, help="LLaVA-format json with hallucinated_captions")
+    parser.add_argument("--images", metavar="DIR", required=True, help="the folder that its images are relative to")
+    parser.add_argument("--output", metavar="OUT", required=True, help="folder to write")
+    parser.add_argument(
+        "--base",
+        metavar="LLM",
+        action="append",
+        help="the language model of projectors or LoRAs; once for all, or once for each checkpoint in order",
+    )
+    parser.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
+    parser.add_argument(
+        "--name", metavar="NAME", action="append", help="of a checkpoint in the pictures, once for each in order"
+    )
+    parser.add_argument("--limit", type=int, default=1000, help="records, drawn at random (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw and the pictures (default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=["pca", "tsne"],
+        help="pictures to draw (default: pca tsne); umap needs umap-learn",
+    )
+    parser.add_argument(
+        "--visual-bos",
+        choices=("true", "false"),
+        help="BOS before the image (default: as the checkpoints were trained, else true)",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="load the language model quantized")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, auto (default: a GPU where there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="(default: float16 on a GPU, else float32)"
+    )
+
+
+def main(args):
+    """Run the command.
+
+    Returns:
+        0.
+
+    Raises:
+        HaclError: as `analyze`, or the disk says no.
+    """
+    try:
+        return analyze(args)
+    except OSError as error:
+        where = error.filename or args.output
+        raise HaclError(f"{where}: {error.strerror or error}; the same command goes on from there.") from None
+
+
+def analyze(args):
+    """Represent, measure, draw and write; what was represented before is taken from its file.
+
+    Args:
+        args: the command line, as `add_arguments` reads it.
+
+    Returns:
+        0.
+
+    Raises:
+        HaclError: an argument, the data or a checkpoint cannot be used.
+        ImportError: the extra [plot], or umap-learn, is missing.
+    """
+    from . import figures, measures
+
+    names, bases = _check(args)
+    methods = list(dict.fromkeys(args.method))
+    figures.need(methods)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
+    from . import representations
+
+    items, counts, skipped = representations.sample_records(args.data, args.limit, args.seed)
+    if args.visual_bos is None:
+        bos = representations.common_visual_bos(args.checkpoints)
+    else:
+        bos = args.visual_bos == "true"
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    options = {"device": args.device, "dtype": args.dtype, "bits": args.bits, "vision_tower": args.vision_tower}
+    found = []
+    for name, path, base in zip(names, args.checkpoints, bases):
+        file = out / f"representations-{slug(name)}.safetensors"
+        x, cached = representations.represent(
+            path, base, items, counts["sha256"], args.images, file, visual_bos=bos, label=name, options=options,
+            batch_size=args.batch_size, workers=args.workers,
+        )  # fmt: skip
+        print(f"{name}: {len(x.index)} records {'taken from' if cached else 'written to'} {file}", file=sys.stderr)
+        found.append(x)
+    found, items, unread = _same_records(found, items)
+    for line in (skipped + unread)[:_NAMED]:
+        print(f"left out: {line}", file=sys.stderr)
+    analysis = measures.analyse(names, found, items, args.seed)
+    analysis["data"] = {
+        "file": os.path.abspath(args.data),
+        "images": os.path.abspath(args.images),
+        **counts,
+        "limit": args.limit,
+        "seed": args.seed,
+        "used": len(items),
+        "with_hallucinated": sum(bool(item.hallucinated) for item in items),
+        "hallucinated": sum(len(item.hallucinated) for item in items),
+        "kinds": Counter(kind or "unknown" for item in items for kind in item.kinds),
+        "unreadable_images": len(unread),
+        "skipped": skipped + unread,
+    }
+    analysis["visual_bos"] = bos
+    analysis["figures"] = figures.draw(out, found, analysis, SPACES, methods, args.seed)
+    analysis["provenance"] = provenance(args.seed)
+    analysis["findings"] = findings(analysis)
+    write_json(out / "analysis.json", analysis)
+    blocks = list(_page(analysis))
+    write_text(out / "report.md", as_markdown(blocks))
+    write_text(out / "report.html", as_html(blocks, blocks[0][2], out))
+    for group in analysis["findings"]:
+        print("\n- ".join([f"{group['title']}:", *group["lines"]]) + "\n")
+    print(f"{out / 'report.html'}: written, with report.md, analysis.json and {len(analysis['figures'])} pictures.")
+    return 0
+
+
+def slug(name):
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def _check(args):
+    count = len(args.checkpoints)
+    if count > _MODELS:
+        raise HaclError(f"{count} checkpoints are given; at most {_MODELS} stand side by side.")
+    for flag, least in (("limit", 2), ("batch_size", 1), ("workers", 0)):
+        if getattr(args, flag) < least:
+            raise HaclError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; allowed are {least} and more.")
+    names = args.name
+    if not names:
+        paths = [Path(os.path.abspath(path)) if os.path.isdir(path) else Path(path) for path in args.checkpoints]
+        for parts in range(1, 6):
+            names = ["/".join(path.parts[-parts:]) for path in paths]
+            if len(set(map(slug, names))) == count:
+                break
+    if len(names) != count:
+        raise HaclError(f"--name is given {len(names)} times for {count} checkpoints; give it once for each, or never.")
+    if len(set(map(slug, names))) < count:
+        raise HaclError(f"the names {', '.join(names)} are not different enough for files; give --name for each.")
+    bases = args.base or [None]
+    if len(bases) not in (1, count):
+        raise HaclError(f"--base is given {len(bases)} times for {count} checkpoints; give it once, or once for each.")
+    return names, bases * count if len(bases) == 1 else bases
+
+
+def _same_records(found, items):
+    """Only the records that every model has: (representations, items, reasons of the others)."""
+    shared = set.intersection(*(set(map(int, x.index)) for x in found))
+    kept = [item for item in items if item.index in shared]
+    if len(kept) < 2:
+        raise HaclError(f"only {len(kept)} of {len(items)} records can be used for every model; 2 and more are needed.")
+    unread = list(dict.fromkeys(line for x in found for line in x.skipped))
+    return [x.only([item.index for item in kept]) for x in found], kept, unread
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _number(x):
+    return f"{x:.3f}" if abs(x) < 100 else f"{x:.0f}"
+
+
+def _range(x):
+    low, high = x.get("interval") or (None, None)
+    return f" [{_number(low)}, {_number(high)}]" if low is not None and low == low else ""
+
+
+def _verdict(change, second):
+    low, high = change["interval"]
+    if low > 0:
+        return f"higher in {second}"
+    if high < 0:
+        return f"lower in {second}"
+    return "no clear difference"  # also where an interval is not known
+
+
+def findings(analysis):
+    """What the numbers say, in plain sentences; a difference is named as one only where its interval leaves out 0.
+
+    Returns:
+        [{"title", "lines"}], one on the models by themselves and one for each comparison.
+    """
+    lines = []
+    for model in analysis["models"]:
+        for space, found in model["spaces"].items():
+            if closer := found["measures"].get("closer_to_true"):
+                low, high = closer["interval"]
+                level = "above" if low > 0.5 else "below" if high < 0.5 else "not told apart from"
+                known = f" [{low:.1%}, {high:.1%}]" if low == low else ""
+                lines.append(
+                    f"{model['name']}, {SPACES[space]}: in {closer['value']:.1%} of pairs{known} the "
+                    f"image is closer to its true caption than to the hallucinated one: {level} chance (50%)."
+                )
+        for space, found in model["spaces"].items():
+            if apart := found["measures"].get("separability_image_caption"):
+                lines.append(
+                    f"{model['name']}, {SPACES[space]}: a linear classifier tells images from captions with an AUC of "
+                    f"{_number(apart['value'])} (shuffled labels: {_number(apart['control'])})."
+                )
+    groups = [{"title": "Each against chance", "lines": lines}] if lines else []
+    values = {model["name"]: model["spaces"] for model in analysis["models"]}
+    for comparison in analysis["comparisons"]:
+        first, second = comparison["first"], comparison["second"]
+        lines = []
+        for space, found in comparison["spaces"].items():
+            for measure in _SPOKEN:
+                if change := found["measures"].get(measure):
+                    label = LABELS[measure][0]
+                    a, b = (_number(values[name][space]["measures"][measure]["value"]) for name in (first, second))
+                    lines.append(
+                        f"{label[0].upper()}{label[1:]}, {SPACES[space]}: {a} in {first}, {b} in {second}; "
+                        f"difference {change['difference']:+.3f}{_range(change)}: {_verdict(change, second)}."
+                    )
+            verdicts = {}
+            for kind, change in found["closer_to_true_by_kind"].items():
+                verdicts.setdefault(_verdict(change, second), []).append(kind)
+            if verdicts:
+                said = "; ".join(f"{verdict}: {', '.join(kinds)}" for verdict, kinds in verdicts.items())
+                lines.append(f"Closer to true by kind, {SPACES[space]}: {said}.")
+        if comparison["same_captions"]:
+            lines.append(
+                "In the LLM's space both represent captions alike (the language model is the same): what differs is "
+                "where images lie. What is measured there on captions alone cannot differ."
+            )
+        else:
+            lines.append(
+                "The two represent captions differently (another language model, or one that was trained): places "
+                "in one panel are not places in the other, axes shared or not; only what lies near what in each counts."
+            )
+        groups.append({"title": f"{second} against {first}", "lines": lines})
+    return groups
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _page(analysis):
+    """The report as blocks of `page`."""
+    data, made = analysis["data"], analysis["provenance"]
+    yield "heading", 1, f"Representations: {', '.join(model['name'] for model in analysis['models'])}"
+    yield (
+        "text",
+        "Global representations as HACL contrasts them (arXiv 2312.06968, Figure 1): the last layer's state, after "
+        "the final norm, at EOS of three separate sequences: an image, its caption, a hallucinated caption. "
+        f"{'BOS stands' if analysis['visual_bos'] else 'No BOS stands'} before the image. {data['used']} records, "
+        f"{data['with_hallucinated']} of them with hallucinated captions ({data['hallucinated']} in all).",
+    )
+    yield "heading", 2, "What differs, and what does not"
+    for group in analysis["findings"]:
+        yield "heading", 3, group["title"]
+        yield "list", group["lines"]
+    yield (
+        "text",
+        "Intervals are of 95 %, from a bootstrap over images (2000 samples): how far the figures would move with "
+        "other images of the same kind. They say nothing of another training run, and are not corrected for how "
+        "many there are: of twenty differences that are none, one is expected to look like one. A share of 0 or 1 "
+        "has an interval without width; of n images, up to about 3 / n may still be otherwise.",
+    )
+    yield "heading", 2, "Pictures"
+    yield (
+        "text",
+        "All is on unit norm, since cosines are contrasted. Nothing is centred, but PCA shows points about their "
+        "common mean. PCA shows two dimensions of many: what lies apart there is apart, what lies together may not "
+        "be. t-SNE and UMAP keep neighbours; their distances between groups and their axes mean nothing.",
+    )
+    for figure in analysis["figures"]:
+        yield "figure", figure["file"], f"{figure['title']}: {figure['note']}."
+    for space in SPACES:
+        yield from _page_numbers(analysis, space)
+    yield (
+        "text",
+        "Separability: mean AUC over five folds of images that the classifier has not seen; the control is the "
+        "same with shuffled labels. Between captions and hallucinated captions it sees words alone: above 0.5, "
+        "hallucinated captions can be told by how they are written, without the image. In retrieval a tie counts "
+        "as a mistake, and a caption of the same text or image as right; the interval is over queries, among "
+        "these candidates.",
+    )
+    yield from _page_data(data)
+    yield "heading", 2, "Settings"
+    head = ("model", "checkpoint", "base", "dtype", "heads", "captions cut")
+    rows = [
+        (
+            m["name"],
+            m["checkpoint"],
+            m["base"] or "",
+            m["dtype"],
+            "yes" if "head" in m["spaces"] else "no",
+            m["texts_cut"],
+        )
+        for m in analysis["models"]
+    ]
+    yield "table", head, rows
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
+    yield "text", f"{versions}; seed {made['seed']}" + (f"; commit {made['commit']}" if made["commit"] else "") + "."
+    yield "code", made["command"]
+
+
+def _page_numbers(analysis, space):
+    here = [model for model in analysis["models"] if space in model["spaces"]]
+    if not here:
+        return
+    changes = [c for c in analysis["comparisons"] if space in c["spaces"]]
+    if len(changes) > 3:
+        changes = [c for c in changes if c["first"] == here[0]["name"]]
+    columns = [(m["spaces"][space], "value") for m in here] + [(c["spaces"][space], "difference") for c in changes]
+
+    def row(label, chance, part, name):
+        return (label, chance, *(_cell(found[part].get(name), key) for found, key in columns))
+
+    head = ("chance", *(m["name"] for m in here), *(f"{c['second']} - {c['first']}" for c in changes))
+    rows = []
+    for name, (label, meaning) in LABELS.items():
+        values = [x for m in here if (x := m["spaces"][space]["measures"].get(name))]
+        if values:
+            chance = next((_number(x["chance"]) for x in values if "chance" in x), "")
+            rows.append(row(f"{label}: {meaning}", chance, "measures", name))
+    yield "heading", 2, f"Numbers: {SPACES[space]}"
+    yield "table", ("measure", *head), rows
+    if kinds := here[0]["spaces"][space]["closer_to_true_by_kind"]:
+        yield "text", "Closer to true, by kind of hallucination:"
+        part = "closer_to_true_by_kind"
+        rows = [row(f"{kind} ({x['count']} pairs)", "0.500", part, kind) for kind, x in kinds.items()]
+        yield "table", ("kind", *head), rows
+
+
+def _page_data(data):
+    yield "heading", 2, "Data"
+    rows = [
+        ("records", data["records"]),
+        ("without image or caption, or not LLaVA's", data["unusable"]),
+        ("drawn", f"{data['sampled']} (limit {data['limit']}, seed {data['seed']})"),
+        ("images that cannot be read", data["unreadable_images"]),
+        ("used, the same for every model", data["used"]),
+    ]
+    rows += [(f"hallucinated captions: {kind}", n) for kind, n in sorted(data["kinds"].items())]
+    yield "table", ("file", data["file"]), rows
+    if skipped := data["skipped"]:
+        more = len(skipped) - _NAMED
+        yield "text", "Left out:"
+        yield "list", skipped[:_NAMED] + ([f"{more} more, in analysis.json"] if more > 0 else [])
+
+
+def _cell(x, key):
+    if not x:
+        return "-"
+    sign = "+" if key == "difference" and x[key] > 0 else ""
+    control = f" (control {_number(x['control'])})" if x.get("control") is not None else ""
+    return f"{sign}{_number(x[key])}{_range(x)}{control}"

@@ -1,0 +1,292 @@
+"""Pictures of representations, drawn with matplotlib into PNG files; the paper's Figure 1 and two charts beside it."""
+
+import contextlib
+import importlib.util
+import textwrap
+
+import numpy as np
+
+from ..config import HaclError
+from .measures import TIE, unit
+from .plotting import COLOURS, MARKERS, METHODS, STYLES, plain, pyplot, save
+
+_DRAWN = 500  # images in a picture; more would hide each other
+# Squares are hollow, since a hallucinated caption often lies where its caption does.
+_ROLES = tuple(
+    zip(("hallucinated caption", "caption", "image"), COLOURS[1:3] + COLOURS[:1], MARKERS[1:3] + MARKERS[:1])
+)
+_TEXT = {"font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 11}
+
+
+def need(methods):
+    """Raise ImportError, naming what to install, before any work is done."""
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "sklearn")):
+        raise ImportError(
+            "analyze draws with matplotlib and measures with scikit-learn: pip install 'hacl_llava[plot]'"
+        )
+    if "umap" in methods and importlib.util.find_spec("umap") is None:
+        raise ImportError("--method umap needs umap-learn: pip install umap-learn")
+
+
+def draw(out, found, analysis, spaces, methods, seed=0):
+    """Draw every picture of an analysis.
+
+    Args:
+        out: folder. found: `Representations` of each model. analysis: what `measures.analyse` says of them. spaces:
+            {name: title} of those to draw. methods: names of `METHODS`.
+
+    Returns:
+        [{"file", "title", "note"}].
+    """
+    made = []
+    for space, title in spaces.items():
+        here = [
+            (model["name"], model["spaces"][space], x.owner, *map(unit, x.spaces[space]))
+            for model, x in zip(analysis["models"], found)
+            if space in x.spaces
+        ]
+        if here:
+            made += _draw_points(out, space, title, here, methods, seed)
+        if here and len(here[0][2]):
+            made += _draw_pairs(out, space, title, here)
+    return made
+
+
+def _file(name, space):
+    return f"{name}.png" if space == "llm" else f"{name}_{space}.png"
+
+
+def _draw_points(out, space, title, models, methods, seed):
+    rows = len(models[0][3])
+    drawn = np.sort(np.random.default_rng(seed).permutation(rows)[:_DRAWN])
+    # Each model's heads were trained on their own: an axis of one means nothing in another.
+    joint = len({v.shape[1] for *_, v, _, _ in models}) == 1 and (space == "llm" or len(models) == 1)
+    axes = "fitted on all panels together" if joint else "fitted on each panel alone (axes not comparable)"
+    what = "last-layer states at EOS" if space == "llm" else "projected by the heads"
+    panels = []
+    for name, numbers, owner, v, t, h in models:
+        first = {int(o): m for m, o in reversed(list(enumerate(owner)))}  # of an image's hallucinated captions
+        values = numbers["measures"]
+        text = f"{name}\nmodality gap {values['modality_gap']['value']:.3f}"
+        if "modality_gap_relative" in values:
+            text += f" ({values['modality_gap_relative']['value']:.2f} x the spread)"
+        panels.append((text, v[drawn], t[drawn], h[[first[row] for row in drawn if row in first]]))
+    made, title = [], title[0].upper() + title[1:]
+    for method in methods:
+        label, file = METHODS[method], _file(method, space)
+        heading = f"{title}: {len(drawn)} images, {what}, {label}" + (f" {axes}" if len(models) > 1 else "")
+        scatter(out / file, panels, method, joint, heading, seed)
+        about = " about the mean of all points shown" if method == "pca" else ""
+        note = f"{label}{about} of unit-norm {what}, {axes}; one hallucinated caption an image"
+        made.append({"file": file, "title": f"{title}, {label}", "note": note})
+    return made
+
+
+def _draw_pairs(out, space, title, models):
+    shares, margins = [], []
+    for name, numbers, owner, v, t, h in models:
+        everything = {**numbers["measures"]["closer_to_true"], "count": len(owner)}
+        shares.append((name, {"all": everything, **numbers["closer_to_true_by_kind"]}))
+        margins.append((name, (v * t).sum(1)[owner] - (v[owner] * h).sum(1)))
+    closer, margin = _file("closer_to_true", space), _file("margin", space)
+    closer_chart(out / closer, shares, f"Is the image closer to its true caption? ({title})")
+    margin_chart(out / margin, margins, f"How much closer ({title})")
+    return [
+        {
+            "file": closer,
+            "title": f"Closer to true ({title})",
+            "note": "share of pairs, in all and by what the hallucinated caption gets wrong, with 95 % intervals",
+        },
+        {
+            "file": margin,
+            "title": f"Margins ({title})",
+            "note": "right of 0 the image is closer to its true caption; the outermost 0.5 % lie in the outermost bars",
+        },
+    ]
+
+
+def project(x, method, seed=0):
+    """Two coordinates of each row.
+
+    Args:
+        x: ``[R, D]`` of unit norm. method: "pca" (about the mean of all rows), "tsne" or "umap" (by distance).
+
+    Returns:
+        ``[R, 2]``, and the shares of variance along the two axes, or None but for PCA.
+
+    Raises:
+        HaclError: there is no such method.
+    """
+    if method == "pca":
+        from sklearn.decomposition import PCA
+
+        pca = PCA(2, random_state=seed)
+        points = pca.fit_transform(x)
+        return points, np.nan_to_num(pca.explained_variance_ratio_)
+    if method not in METHODS:
+        raise HaclError(f"--method is {method!r}, allowed are {', '.join(METHODS)}.")
+    # Rows that are equal, as captions are in models with the same language model, come once and to one place.
+    x, places = np.unique(x.round(6), axis=0, return_inverse=True)
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))
+        points = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(x)
+    else:
+        import umap
+
+        points = umap.UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed).fit_transform(x)
+    return points[places.reshape(-1)], None
+
+
+def scatter(path, panels, method, joint, heading, seed=0, lines=12):
+    """One panel a model: images, captions and hallucinated captions in two dimensions.
+
+    Args:
+        path: of the PNG. panels: [(title, v ``[N, D]``, t ``[N, D]``, h ``[M, D]``)] of unit norm; the rows of all
+            panels belong to the same records. method: as `project`.
+        joint: whether one projection is fitted on all panels and they share axes; else each panel has its own.
+        heading: above all. lines: how many images are joined with their captions.
+    """
+    parts = [[h, t, v] for _, v, t, h in panels]  # in the order of _ROLES
+    if joint:
+        points, share = _projected([x for part in parts for x in part], method, seed)
+        found = [(points[3 * i : 3 * i + 3], share) for i in range(len(parts))]
+        squares = [_square(points)] * len(found)
+    else:
+        found = [_projected(part, method, seed) for part in parts]
+        squares = [_square(points) for points, _ in found]
+    plt, columns, rows = pyplot(), len(panels), len(panels[0][1])
+    joined = np.random.default_rng(seed).permutation(rows)[:lines]
+    size = min(26.0, max(7.0, 4500 / max(rows, 1)))
+    with plt.rc_context(_TEXT):
+        figure, axes = plt.subplots(
+            1, columns, figsize=(max(5.4 * columns, 6.6), 6.7), squeeze=False, sharex=joint, sharey=joint
+        )
+        for column, (axis, (title, *_), (points, share)) in enumerate(zip(axes[0], panels, found)):
+            _points(axis, points, joined, size)
+            axis.set_title("\n".join(textwrap.fill(line, 44) for line in plain(title).split("\n")))
+            names = [METHODS[method] + f" {k}" for k in (1, 2)]
+            if share is not None:
+                names = [f"{name} ({s:.0%} of the variance)" for name, s in zip(names, share)]
+            axis.set_xlabel(names[0])
+            if column == 0 or not joint:
+                axis.set_ylabel(names[1])
+            axis.set(xlim=squares[column][0], ylim=squares[column][1], box_aspect=1)
+            _grid(axis)
+        handles = [
+            plt.Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8, label=name,
+                       markerfacecolor="none" if marker == "s" else colour)
+            for name, colour, marker in _ROLES[::-1]
+        ]  # fmt: skip
+        handles.append(plt.Line2D([], [], color="0.15", linewidth=1, label="an image and its caption"))
+        wrapped = textwrap.fill(heading, 58 * columns + 12)
+        figure.suptitle(wrapped, fontsize=12, y=0.985)
+        figure.legend(handles=handles, loc="lower center", ncols=4 if columns > 1 else 2)
+        figure.tight_layout(rect=(0, 0.06 if columns > 1 else 0.1, 1, 0.985 - 0.022 * wrapped.count("\n")))
+        save(figure, path)
+
+
+def _projected(groups, method, seed):
+    """`project` of all groups together: (points of each, share)."""
+    points, share = project(np.concatenate(groups), method, seed)
+    return np.split(points, np.cumsum([len(x) for x in groups])[:-1]), share
+
+
+def _points(axis, groups, joined, size):
+    """The points of each of `_ROLES`, and lines from some images to their captions."""
+    for order, ((name, colour, marker), points) in enumerate(zip(_ROLES, groups)):
+        style = {"c": colour, "s": size, "linewidths": 0}
+        if order == 0:
+            style = {"facecolors": "none", "edgecolors": colour, "s": 1.9 * size, "linewidths": 0.9}
+        axis.scatter(*points.T, marker=marker, label=name, alpha=0.6, zorder=1 + order, **style)
+    _, captions, images = groups
+    for i in joined:
+        axis.plot(*np.stack([images[i], captions[i]]).T, color="0.15", linewidth=0.8, alpha=0.7, zorder=5)
+        for point, (_, colour, marker) in zip((captions[i], images[i]), _ROLES[1:]):
+            style = {"c": colour, "marker": marker, "edgecolors": "black", "linewidths": 0.8}
+            axis.scatter(*point, s=size + 14, zorder=6, **style)
+
+
+def _grid(axis, which="both"):
+    axis.grid(axis=which, color="0.92")
+    axis.set_axisbelow(True)
+
+
+def _square(groups):
+    """Limits of both axes, as wide as each other, so that a distance looks the same in every direction."""
+    points = np.concatenate(groups)
+    low, high = points.min(0), points.max(0)
+    half = max(float((high - low).max()) * 0.54, 1e-6)
+    return [(middle - half, middle + half) for middle in (low + high) / 2]
+
+
+@contextlib.contextmanager
+def _chart(path, heading, height, grid="both"):
+    """A picture of one axis, written to ``path`` at the end."""
+    plt = pyplot()
+    with plt.rc_context(_TEXT):
+        figure, axis = plt.subplots(figsize=(8.4, height))
+        axis.set_title(textwrap.fill(heading, 74))
+        _grid(axis, grid)
+        yield axis
+        figure.tight_layout()
+        save(figure, path)
+
+
+def closer_chart(path, models, heading):
+    """Share of pairs closer to the true caption, by kind of hallucination, with intervals and the line of chance.
+
+    Args:
+        models: [(name, {row label: {"value", "interval", "count"}})]; the rows of the first come first.
+    """
+    labels = list(dict.fromkeys(label for _, rows in models for label in rows))
+    counts = {label: row["count"] for _, rows in models for label, row in rows.items()}
+    with _chart(path, heading, 1.9 + 0.3 * len(labels) * (1 + len(models) * 0.6), "x") as axis:
+        for k, (name, rows) in enumerate(models):
+            offset = (k - (len(models) - 1) / 2) * 0.6 / len(models)
+            here = [label for label in labels if label in rows]
+            y = [labels.index(label) + offset for label in here]
+            x = np.array([rows[label]["value"] for label in here])
+            ends = np.array([rows[label]["interval"] for label in here], dtype=float)
+            error = np.abs(np.where(np.isfinite(ends), ends, x[:, None]).T - x)
+            style = {"color": COLOURS[k], "fmt": MARKERS[k], "markersize": 7, "capsize": 3, "linewidth": 1.6}
+            axis.errorbar(x, y, xerr=error, label=plain(name), **style)
+        axis.axvline(0.5, color="0.25", linestyle="--", linewidth=1.2, label="chance (0.5)")
+        axis.set_yticks(range(len(labels)), [f"{label}\n(n = {counts[label]})" for label in labels])
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_xlabel("share of pairs in which the image is closer to its true caption (bars: 95 %)")
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def margin_chart(path, models, heading):
+    """Histograms of cos(image, caption) - cos(image, hallucinated caption), one outline a model.
+
+    Args:
+        models: [(name, margins ``[M]``)].
+    """
+    everything = np.abs(np.concatenate([margins for _, margins in models]))
+    # The few furthest out would leave one bar for all the others.
+    limit = max(float(np.quantile(everything, 0.995)), 1e-6)
+    middle = max(float(np.median(everything)), limit / 1e4)
+    bent = limit > 20 * middle
+    edges = np.linspace(-limit, limit, 52)
+    if bent:
+        edges = middle * np.sinh(np.linspace(-1, 1, 52) * np.arcsinh(limit / middle))
+    with _chart(path, heading, 4.2) as axis:
+        for (name, margins), colour, style in zip(models, COLOURS, STYLES):
+            bars = {"x": np.clip(margins, -limit, limit), "bins": edges}
+            bars["weights"] = np.full(len(margins), 1 / len(margins))
+            line = {"color": colour, "linestyle": style, "linewidth": 1.8}
+            axis.hist(**bars, histtype="stepfilled", color=colour, alpha=0.15)
+            axis.hist(**bars, histtype="step", **line)
+            axis.plot([], [], label=f"{plain(name)}: {np.mean(margins > TIE):.0%} above 0", **line)  # for the legend
+        axis.axvline(0, color="0.25", linewidth=1.2)
+        if bent:
+            axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(middle)), linscale=1)
+        axis.set_xlabel("cos(image, caption) - cos(image, hallucinated caption)" + (", logarithmic" if bent else ""))
+        axis.set_ylabel("share of pairs")
+        axis.margins(x=0.01)
+        axis.set_ylim(0, axis.get_ylim()[1] * (1.1 + 0.08 * len(models)))  # room for the legend
+        axis.legend(loc="upper left")
