@@ -1,0 +1,155 @@
+"""``lmms-eval --model hacl_llava``: lmms-eval's benchmarks on every checkpoint that `load_pretrained` takes. Floor 5.
+
+For what to use it, and for what not: docs/lmms-eval.md. lmms-eval (0.6.1 and newer) finds `manifest` through the entry
+point group ``lmms_eval.models``, whatever model is asked for: LLaVA is imported only when this one is made.
+"""
+
+import os
+
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from ..config import HaclError
+from . import Question
+
+MAX_NEW_TOKENS = 1024  # where a task says nothing, as lmms-eval's own LLaVA has it
+
+
+def manifest():
+    """What the entry point gives lmms-eval: the name of the model, and where its class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="hacl_llava", simple_class_path=f"{__name__}.HaclLlava")
+
+
+class HaclLlava(lmms):
+    """A checkpoint that answers lmms-eval's requests: one image each, greedily, in batches whose rows are not padded.
+
+    Args:
+        pretrained, base, device, dtype, bits, vision_tower, attn_implementation: as for `load_pretrained`. With several
+            processes (``accelerate launch``), each takes the GPU of its local rank unless ``device`` is given.
+        conv_template: a name of ``llava.conversation.conv_templates``; None: the one that the checkpoint was trained
+            with, as far as its kind and names tell.
+        batch_size: requests at a time.
+
+    Raises:
+        HaclError: a setting or the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self,
+        pretrained,
+        base=None,
+        conv_template=None,
+        batch_size=1,
+        device=None,
+        dtype=None,
+        bits=None,
+        vision_tower=None,
+        attn_implementation=None,
+    ):
+        super().__init__()
+        from ..chat import default_template
+        from ..loading import load_pretrained
+        from .answers import Answerer
+
+        # isort: split
+        from llava.conversation import conv_templates
+
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise HaclError(f"--batch_size is {batch_size!r}; allowed are 1 and more ('auto' is not).")
+        if conv_template not in (None, *conv_templates):
+            raise HaclError(f"conv_template is {conv_template!r}; allowed are: {', '.join(sorted(conv_templates))}.")
+        if device is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            import torch
+
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        loaded = load_pretrained(
+            pretrained,
+            base,
+            device=device,
+            dtype=dtype,
+            bits=bits,
+            vision_tower=vision_tower,
+            attn_implementation=attn_implementation,
+        )
+        template = conv_template or default_template(pretrained, base, loaded.model.config, loaded.tokenizer)
+        self.answerer = Answerer(loaded, template, int(batch_size), workers=0)
+        self.device = loaded.model.device
+
+    def generate_until(self, requests):
+        """Answer requests; ``until`` is passed over, as lmms-eval's own LLaVA does.
+
+        Args:
+            requests: lmms-eval's ``Instance`` objects, whose ``args`` are (question, generation settings, function of a
+                document to its images, number of the document, task, split).
+
+        Returns:
+            A list of answers, in the requests' order.
+
+        Raises:
+            HaclError: a task samples or uses beams, asks about anything but one image, or a question is too long.
+        """
+        groups = {}  # what one batch can hold: prompts of one length. Images are read when their batch's turn comes.
+        for index, request in enumerate(requests):
+            text, settings, _, doc, task, _ = request.args
+            where = f"task {task}, document {doc}"
+            _check_greedy(settings, task)
+            ids = self.answerer.prompt(Question(where, None, text, {}))
+            limit = settings.get("max_new_tokens") or MAX_NEW_TOKENS
+            groups.setdefault((ids.shape[1], limit), []).append((index, ids, where))
+        answers = [None] * len(requests)
+        with tqdm(total=len(requests), desc="hacl_llava", disable=self.rank != 0) as bar:
+            for (_, limit), rows in sorted(groups.items(), reverse=True):  # the longest first: errors come at once
+                for start in range(0, len(rows), self.answerer.batch_size):
+                    batch = rows[start : start + self.answerer.batch_size]
+                    for index, answer in self._answer(batch, requests, limit):
+                        answers[index] = answer
+                    bar.update(len(batch))
+        return answers
+
+    def _answer(self, rows, requests, limit):
+        from llava.mm_utils import process_images
+
+        from .answers import kind_of
+
+        answerer, alike = self.answerer, {}
+        for index, ids, where in rows:
+            image = self._image(requests[index], where)
+            pixels = process_images([image], answerer.image_processor, answerer.model.config)[0]
+            try:
+                room = answerer.room(ids, pixels, limit)
+            except HaclError as error:
+                raise HaclError(f"{where}: {error}") from None
+            alike.setdefault(kind_of(ids, pixels, image.size), []).append((index, ids, pixels, image.size, room))
+        for members in alike.values():
+            for (index, *_), (text, _) in zip(members, answerer.reply(members)):
+                yield index, text
+
+    def _image(self, request, where):
+        _, _, images_of, doc, task, split = request.args
+        images = images_of(self.task_dict[task][split][doc]) or []
+        if len(images) != 1 or not hasattr(images[0], "convert"):
+            raise HaclError(
+                f"{where}: comes with {len(images)} images or with another medium; this model takes tasks of one image "
+                "per question."
+            )
+        return images[0].convert("RGB")
+
+    def loglikelihood(self, requests):
+        """Not there: ``NotImplementedError``."""
+        task = requests[0].args[4]
+        raise NotImplementedError(f"task {task} compares likelihoods; hacl_llava answers generate_until tasks alone.")
+
+    def generate_until_multi_round(self, requests):
+        """Not there: ``NotImplementedError``."""
+        raise NotImplementedError("a task asks in rounds; hacl_llava answers generate_until tasks alone.")
+
+
+def _check_greedy(settings, task):
+    samples = settings.get("do_sample", bool(settings.get("temperature")))  # as generate() takes them
+    if samples or (settings.get("num_beams") or 1) != 1:
+        raise HaclError(
+            f"task {task} samples or uses beams, and hacl_llava answers greedily; to have that, add: "
+            "--gen_kwargs do_sample=False,num_beams=1"
+        )
