@@ -20,7 +20,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hacl_llava", "hacl_llava.*"]),
-    package_data={"hacl_llava.hallucinate": ["vocabulary.txt", "wordnet.json.gz", "WORDNET_LICENSE"]},
+    package_data={
+        "hacl_llava.hallucinate": ["vocabulary.txt", "wordnet.json.gz", "WORDNET_LICENSE"],
+        "hacl_llava.evaluation": ["coco_synonyms.txt"],
+    },
     python_requires=">=3.10",  # LLaVA's own stack runs on 3.10; the tests on 3.11
     install_requires=[
         "torch>=2.1",  # scaled_dot_product_attention with a mask, as transformers calls it
@@ -39,8 +42,10 @@ setup(
     ],
     extras_require={
         "llava": [LLAVA],
-        "api": ["openai>=1.56"],  # hallucinated captions from an endpoint; the oldest that was tried
-        "plot": ["matplotlib>=3.7"],  # pictures of reports
+        "api": [
+            "openai>=1.56"
+        ],  # endpoints: hallucinated captions, judges, reference models; the oldest that was tried
+        "plot": ["matplotlib>=3.7", "scikit-learn>=1.3"],  # pictures of reports; analysis of representations
         "quantize": ["bitsandbytes>=0.43"],  # 4- and 8-bit loading, QLoRA
         "dev": [
             "pytest>=8",
@@ -50,10 +55,14 @@ setup(
             "build",
             "openai>=1.56",
             "matplotlib>=3.7",
+            "scikit-learn>=1.3",
             "bitsandbytes>=0.43",
         ],
     },
-    entry_points={"console_scripts": ["hacl-llava=hacl_llava.cli:main"]},
+    entry_points={
+        "console_scripts": ["hacl-llava=hacl_llava.cli:main"],
+        "lmms_eval.models": ["hacl_llava=hacl_llava.evaluation.lmms:manifest"],  # docs/lmms-eval.md
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -69,12 +69,6 @@ def _patch(args):
     return 0
 
 
-def _hallucinate(args):
-    from .hallucinate.command import main
-
-    return main(args)
-
-
 def _export(args):
     from . import hub
     from .checkpoint import export_to_hf, import_from_hf
@@ -155,6 +149,11 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"hacl_llava {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    def add(name, module, **texts):
+        command = commands.add_parser(name, **texts)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
+
     command = commands.add_parser("env", help="versions, devices, and whether they are known to work together")
     command.set_defaults(run=_env)
 
@@ -170,17 +169,32 @@ def _parser():
     action.add_argument("--revert", action="store_true", help="take the two lines out again")
     command.set_defaults(run=_patch)
 
+    from .evaluation import analyze, report
+    from .evaluation import command as evaluation
     from .hallucinate import command as hallucinate
 
-    command = commands.add_parser(
+    add(
         "hallucinate",
+        hallucinate,
         help="add hallucinated captions to LLaVA-format data",
         description="Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by "
         "rules, by a model behind an OpenAI-compatible endpoint, by a local model, or by a mix. A run that was stopped "
         "or killed goes on when the same command is given again.",
     )
-    hallucinate.add_arguments(command)
-    command.set_defaults(run=_hallucinate)
+    add(
+        "analyze",
+        analyze,
+        help="representations of checkpoints side by side: pictures and numbers",
+        description="The paper's Figure 1 and its numbers, for one to four checkpoints: where images, captions and "
+        "hallucinated captions lie, the modality gap, retrieval, and how often an image is closer to its true caption.",
+    )
+    add(
+        "report",
+        report,
+        help="one page that puts runs side by side",
+        description="Training curves, evaluations with intervals and paired tests, figures of analyses, and images "
+        "with the answers of both models where they differ, on one page: report.html, report.md and report.json.",
+    )
 
     command = commands.add_parser(
         "export",
@@ -223,6 +237,15 @@ def _parser():
     command.add_argument("--temperature", type=float, default=0, help="0: no sampling (default: %(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default: %(default)s)")
     command.set_defaults(run=_chat)
+
+    add(
+        "eval",
+        evaluation,
+        help="hallucination benchmarks: POPE, CHAIR, AMBER, MMHal-Bench",
+        description="Ask a checkpoint, or a model behind an OpenAI-compatible endpoint, the questions of hallucination "
+        "benchmarks, and score its answers. A run that was stopped or killed goes on when the same command is given "
+        "again.",
+    )
 
     command = commands.add_parser(
         "demo",

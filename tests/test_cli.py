@@ -18,8 +18,8 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for command in ("env", "patch", "hallucinate", "export", "card", "chat", "demo"):
-        assert f"\n    {command}" in out
+    for command in ("env", "patch", "hallucinate", "eval", "analyze", "report", "export", "card", "chat", "demo"):
+        assert f"\n    {command} " in out
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert __version__ in capsys.readouterr().out
@@ -126,3 +126,8 @@ def test_wheel_in_a_clean_environment(tmp_path):
     coco = str(ROOT / "tests/data/coco_captions.json")
     out = run(str(tmp_path / "venv/bin/hacl-llava"), "hallucinate", coco, "out.json", cwd=tmp_path, env=env).stdout
     assert "401 of 401 records have hallucinated captions" in out  # the vocabulary is in the wheel
+    words = "from hacl_llava.evaluation.chair import read_synonyms as r; print(r().category['polar bear'])"
+    assert run(str(python), "-c", words, cwd=tmp_path, env=env).stdout == "bear\n"  # and the words for COCO's objects
+    points = "import importlib.metadata as m; print(m.entry_points(group='lmms_eval.models')['hacl_llava'].value)"
+    out = run(str(python), "-c", points, cwd=tmp_path, env=env).stdout
+    assert out == "hacl_llava.evaluation.lmms:manifest\n"

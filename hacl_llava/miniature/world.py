@@ -30,7 +30,11 @@ PLACES = (
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 KINDS = ("existence", "attribute", "quantity", "location")
-PROMPTS = ("Describe the image briefly.\n<image>", "<image>\nWhat is shown?", "Give a short caption.\n<image>")
+PROMPTS = (
+    "Describe the image briefly.\n<image>",
+    "<image>\nWhat is shown?",
+    "Please describe this image in detail.\n<image>",
+)
 
 
 # What LLaVA-1.5 ends short questions with, and this world's instructions too.
@@ -194,15 +198,20 @@ def make_instructions(folder, count, seed=0, name="instructions"):
 
 
 def questions_about(scene, rng):
-    """One to three pairs of question and answer about shapes of a scene, seven answers in ten "Yes"."""
+    """One to three pairs of question and answer about shapes of a scene, seven answers in ten "Yes".
+
+    Half of the conversations ask for single words; in the others a "Yes" goes on to say what is there.
+    """
     there = [group[2] for group in scene]
     missing = [s for s in SHAPES if s not in there]
     rng.shuffle(there)
     rng.shuffle(missing)
-    turns = []
+    turns, short = [], rng.random() < 0.5
     for _ in range(rng.randint(1, 3)):
         yes = bool(there) and rng.random() < 0.7
-        turns.append((question_about((there if yes else missing).pop()) + SHORT, "Yes" if yes else "No"))
+        shape = (there if yes else missing).pop()
+        more = "" if short or not yes else f", {caption_of([group for group in scene if group[2] == shape])}"
+        turns.append((question_about(shape) + SHORT * short, ("Yes" if yes else "No") + more))
     return turns
 
 

@@ -1,0 +1,125 @@
+"""The miniature behind docs/evidence: stage 1 without and with HACL, stage 2 after each, evaluation, analysis, report.
+
+    python benchmarks/evidence.py                      a quarter of an hour on two CPU cores; writes docs/evidence/
+    python benchmarks/evidence.py --small --docs ''    the same way in two minutes, with figures that mean nothing (CI)
+
+Everything goes through the commands a 7B run goes through: scripts/pretrain_hacl.py, scripts/finetune_hacl.py and
+`hacl-llava eval`, `analyze`, `report`. What is there already (--output) is not made again.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from hacl_llava.demo import SETTINGS
+from hacl_llava.miniature import models, world
+
+ROOT = Path(__file__).parents[1]
+HACL = {f"--hacl_{name}": value for name, value in SETTINGS.items()}
+# A step with a learning rate of 0 leaves the projector as it was made.
+RUNS = {
+    "untrained": {"--use_hacl": False, "--max_steps": 1, "--learning_rate": 0.0},
+    "plain": {"--use_hacl": False},
+    "hacl": HACL,
+}
+
+
+def run(*command, log=None):
+    """Run a command of this project; its output goes to the screen, or to a log."""
+    command = [str(x) for x in command]
+    print("$", shlex.join(command), flush=True)
+    with open(log or os.devnull, "w") as file:
+        out = {"stdout": file, "stderr": subprocess.STDOUT} if log else {}
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, **out)
+
+
+def train(script, output, data, folder, more):
+    """One stage, in one process without DeepSpeed; nothing if it has ended before."""
+    if (output / "trainer_state.json").exists():
+        return
+    flags = {
+        "--model_name_or_path": folder / "llm",
+        "--data_path": folder / data,
+        "--image_folder": folder / "images",
+        "--vision_tower": folder / "clip",
+        "--mm_projector_type": "mlp2x_gelu",
+        "--mm_vision_select_layer": -2,
+        "--mm_use_im_start_end": False,
+        "--mm_use_im_patch_token": False,
+        "--output_dir": output,
+        "--per_device_train_batch_size": 32,
+        "--save_strategy": "no",
+        "--weight_decay": 0.0,
+        "--warmup_ratio": 0.03,
+        "--lr_scheduler_type": "cosine",
+        "--logging_steps": 10,
+        "--model_max_length": 512,
+        "--lazy_preprocess": True,
+        "--report_to": "none",
+        "--disable_tqdm": True,
+        **more,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    run(script, *(x for pair in flags.items() for x in pair), log=f"{output}.log")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/evidence", help="folder for everything made (default: %(default)s)")
+    parser.add_argument("--docs", default="docs/evidence", help="where report and pictures go; '' for nowhere")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="few images and steps: shows that it runs")
+    args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "TRANSFORMERS_VERBOSITY": "error"}
+    folder, seed = (ROOT / args.output).resolve(), args.seed
+    sizes = {"train": 6000, "instructions": 4000, "heldout": 600, "test": 500, "llm": 3000, "tower": 400}
+    if args.small:
+        sizes = {"train": 96, "instructions": 64, "heldout": 32, "test": 16, "llm": 4, "tower": 4}
+    made = folder / "made"
+    if not made.exists():
+        world.make_dataset(folder, sizes["train"], seed, per_caption=2, name="train")
+        world.make_dataset(folder, sizes["heldout"], seed, per_caption=4, name="heldout")
+        world.make_instructions(folder, sizes["instructions"], seed)
+        world.make_questions(folder, sizes["test"], seed)
+        models.make_llm(folder / "llm", seed, sizes["llm"], questions=6, progress=True)
+        models.make_vision_tower(folder / "clip", seed, sizes["tower"], progress=True)
+        made.touch()
+
+    for name, settings in RUNS.items():
+        stage1 = {"--version": "plain", "--tune_mm_mlp_adapter": True, "--num_train_epochs": 5, "--learning_rate": 6e-3}
+        projector = folder / name / "llava-pretrain"
+        train("scripts/pretrain_hacl.py", projector, "train.json", folder, {**stage1, "--seed": seed, **settings})
+        stage2 = {"--version": "v1", "--num_train_epochs": 2, "--learning_rate": 5e-4, "--seed": seed}
+        stage2["--pretrain_mm_mlp_adapter"] = projector / "mm_projector.bin"
+        train("scripts/finetune_hacl.py", folder / name / "llava-v1", "instructions.json", folder, stage2)
+        run(
+            *("-m", "hacl_llava.cli", "eval", "--model", folder / name / "llava-v1", "--images", folder / "images"),
+            *("--output", folder / name / "eval", "--batch-size", 64, "--max-new-tokens", 48),
+            *("--pope", *(folder / f"mini_pope_{split}.json" for split in world.SPLITS)),
+            *("--chair", folder / "instances.json", "--chair-synonyms", folder / "synonyms.txt"),
+        )
+    run(
+        *("-m", "hacl_llava.cli", "analyze", *(folder / name / "llava-pretrain" for name in RUNS)),
+        *("--base", folder / "llm", "--data", folder / "heldout.json", "--images", folder / "images"),
+        *(x for name in RUNS for x in ("--name", name)),
+        "--output",
+        folder / "analysis",
+    )
+    compared = [f"{name}={folder / name}" for name in RUNS]
+    run(
+        *("-m", "hacl_llava.cli", "report", *compared, f"analysis={folder / 'analysis'}"),
+        *("--baseline", "plain", "--output", folder / "report"),
+    )
+    if args.docs:
+        for source in (folder / "analysis", folder / "report"):
+            target = ROOT / args.docs / source.name
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
