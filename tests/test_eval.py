@@ -430,7 +430,10 @@ def test_an_unreadable_image_is_counted_and_tried_again(checkpoint, pope, images
     assert run(checkpoint, pope, here, out) == run(checkpoint, pope, images, tmp_path / "whole") == 0
     want = figures(tmp_path / "whole")
     found = figures(out)
-    found["pope-coco-random/results.json"]["images"] = want["pope-coco-random/results.json"]["images"]
+    for of in (found, want):
+        of.pop("pope-coco-random/settings.json")
+        of["pope-coco-random/results.json"].pop("images")
+        of["pope-coco-random/results.json"]["settings"].pop("images")
     assert found == want
 
 
@@ -496,6 +499,16 @@ def test_answers_of_another_setting_are_not_mixed(checkpoint, pope, images, tmp_
         named = "digest was"
     refused(capsys, run(mine, pope, images, tmp_path / "out", *more), f"another evaluation: {named}.*choose another")
     assert figures(tmp_path / "out") == before
+
+
+def test_another_image_folder_is_said(checkpoint, pope, images, tmp_path, capsys):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    shutil.copytree(images, moved)
+    assert run(checkpoint, pope, images, out, "--limit", 2) == run(checkpoint, pope, images, out, "--limit", 2) == 0
+    assert "are kept" not in capsys.readouterr().err
+    assert run(checkpoint, pope, moved, out, "--limit", 2) == 0
+    said = f"were given with --images {images}, now it is {moved}; they are kept. If these are other images, choose"
+    assert said in capsys.readouterr().err
 
 
 def test_another_model_cannot_use_the_folder_for_another_task(checkpoint, pope, images, tmp_path, capsys):

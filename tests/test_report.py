@@ -143,18 +143,44 @@ def test_the_summary_claims_no_more_than_the_intervals(tmp_path, pictures):
     (pair,) = found["summary"]["pairs"]
     metrics = found["tasks"][0]["comparisons"][0]["metrics"]
     assert metrics["accuracy"]["interval"][0] > 0  # but 5 of 5 is no more than p = 2 / 2^5
-    expected = {"accuracy": ["unclear"], "precision": ["improved"], "f1": ["improved"]}
+    expected = {"accuracy": ["unclear"], "precision": ["changed"], "f1": ["improved"]}
     for metric, entry in metrics.items():
         said = [v for v in ("improved", "worse", "changed", "unclear") if f"{metric} " in " ".join(pair[v])]
         low, high = entry["interval"]
         assert said == expected.get(metric, [] if (low, high) == (0, 0) else ["unclear"]), metric
         assert metric in ("accuracy", "unclear") or (low <= 0 <= high) == (said == ["unclear"]), metric
     assert "McNemar&#x27;s p is 0.0625 (adjusted)" in page
-    assert pair["improved"] and "precision 0.556 to 1.000" in pair["improved"][0]
+    assert "f1 " in pair["improved"][0] and "precision 0.556 to 1.000" in pair["changed"][0]
     reversed_, page, _ = make(tmp_path, *two, "--baseline", "hacl", "--gallery", "0", output="reversed")
     (pair,) = reversed_["summary"]["pairs"]
-    assert "precision 1.000 to 0.556" in pair["worse"][0] and not pair["improved"]
+    assert "f1 " in pair["worse"][0] and "precision 1.000 to 0.556" in pair["changed"][0] and not pair["improved"]
     assert "plain against hacl" in page
+
+
+def test_a_model_that_always_says_yes_has_not_improved(tmp_path):
+    labels = ["yes", "no"] * 20
+    for name, wrong in (("a", (0, 2, 4, 6, 8, 10, 12)), ("b", range(1, 40, 2))):
+        answers = [("No" if (x == "yes") == (i in wrong) else "Yes") for i, x in enumerate(labels)]
+        write_task(tmp_path / name / "pope", [item(i, x, y) for i, (x, y) in enumerate(zip(labels, answers))])
+    found, _, _ = make(tmp_path, tmp_path / "a", tmp_path / "b")
+    (pair,) = found["summary"]["pairs"]
+    assert not pair["improved"] and "accuracy 0.825 to 0.500" in pair["worse"][0]
+    assert "recall 0.650 to 1.000" in pair["changed"][0] and "yes_ratio" in pair["changed"][0]
+
+
+def test_the_gallery_says_what_the_other_was_asked_and_opens_no_image_outside(tmp_path, pictures):
+    for name, answer, question in (("a", "Yes", "Is there a dog?"), ("b", "No", "Is there a zebra?")):
+        images = ("0.png", "../secret.png", str(tmp_path / "secret.png"))
+        items = [item(i, "yes", answer, image, question) for i, image in enumerate(images)]
+        write_task(tmp_path / name / "pope", items, images=pictures)
+    shutil.copy(pictures / "1.png", tmp_path / "secret.png")
+    found, page, _ = make(tmp_path, tmp_path / "a", tmp_path / "b")
+    entries = {e["id"]: e for part in found["gallery"] for e in part["entries"]}
+    assert [bool(entries[str(i)]["picture"]) for i in range(3)] == [True, False, False]
+    assert all("leads out of the image folder" in entries[i]["problem"] for i in "12")
+    assert entries["0"]["question"] == "Is there a dog?"
+    assert entries["0"]["facts"]["b"] == {"asked in other words": "Is there a zebra?"}
+    assert "Is there a zebra?" in page
 
 
 def test_verdicts_know_which_way_is_better():

@@ -648,7 +648,7 @@ def test_chair_with_a_list_given_scores_by_that_list(tmp_path, official_list):
         ('{"images": [], "annotations": [{"image_id": 3}]}', "no COCO instances or captions"),
         ('{"images": []}', "line 1: expected COCO's"),
         ('{"image": "a.jpg", "captions": [3]}', "line 1: expected"),
-        ('{"image": "a.jpg"}\n{"captions": ["a"]}', "line 2: expected"),
+        ('{"image": "a.jpg", "captions": []}\n{"captions": ["a"]}', "line 2: expected"),
     ],
 )
 def test_chair_refuses_other_files(tmp_path, text, message):
@@ -657,6 +657,22 @@ def test_chair_refuses_other_files(tmp_path, text, message):
         chair.read(tmp_path / "x.json")
     with pytest.raises(DataError, match="cannot be read"):
         chair.read(tmp_path / "none.json")
+
+
+def test_chair_images_of_one_name_in_two_folders_are_two(tmp_path):
+    rows = [{"image": f"{i}.png", "captions": ["a dog"]} for i in ("a/1", "b/1", "b/2")]
+    questions = chair.read(write_rows(tmp_path / "c.jsonl", rows))
+    assert [q.id for q in questions] == ["a/1.png", "b/1.png", "2"]
+    assert [q.image for q in questions] == ["a/1.png", "b/1.png", "b/2.png"]
+
+
+def test_chair_refuses_questions_and_training_data(tmp_path):
+    rows = [{"image": "1.png", "question_id": 1, "text": "Is there a dog?", "label": "yes"}]
+    with pytest.raises(DataError, match=r"q\.jsonl: line 1: expected COCO's instances"):
+        chair.read([write_rows(tmp_path / "q.jsonl", rows)])
+    rows = [{"image": "1.png", "captions": [], "instances": []}]
+    with pytest.raises(DataError, match=r"e\.jsonl: no image with a box or a caption"):
+        chair.read(write_rows(tmp_path / "e.jsonl", rows))
 
 
 def test_chair_on_human_captions():
@@ -926,6 +942,7 @@ def test_mmhal_by_hand(bench):
 @pytest.mark.parametrize(
     ("reply", "rating"),
     [
+        ("Rating: 3-4", None), ("Rating: 3 or 4", None), ("Rating: 3 to 5", None), ("Rating: 3 - good", 3),
         ("Rating: 3", 3), ("rating: 0, bad", 0), ("Rating: **5**", 5), ("**Rating:** 1", 1), ("Rating: 4.", 4),
         ("Rating: 4\nRating: 4", 4), ("Rating: 2 ... Rating: 5", None), ("Rating: 7", None), ("Rating: 4.5", None),
         ("Rating: 60", None), ("5", None), ("", None), ("I cannot rate this.", None), ("Rating: -1", None),

@@ -17,6 +17,7 @@ words are joined where the official script joins two.
 import functools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,8 +176,14 @@ def read(paths, synonyms=None, prompt=PROMPT):
                 here.add(name)
             if caption is not None:
                 here.update(name for _, name in mentions(caption, words))
+    if not objects:
+        raise DataError(
+            f"{paths if isinstance(paths, (str, Path)) else paths[0]}: no image with a box or a caption in it."
+        )
     facts = {"synonyms": str(synonyms) if synonyms else None}
-    return [Question(Path(i).stem, i, prompt, {"objects": sorted(objects[i]), **facts}) for i in sorted(objects)]
+    stems = Counter(Path(i).stem for i in objects)
+    names = {i: Path(i).stem if stems[Path(i).stem] == 1 else i for i in objects}  # a/1.jpg and b/1.jpg are not one
+    return [Question(names[i], i, prompt, {"objects": sorted(objects[i]), **facts}) for i in sorted(objects)]
 
 
 def _annotations(path):
@@ -195,6 +202,8 @@ def _annotations(path):
             image, captions, instances = value["image"], value.get("captions", []), value.get("instances", [])
             if not isinstance(image, str) or any(not isinstance(c, str) for c in captions):
                 raise TypeError
+            if "captions" not in value and "instances" not in value:  # questions, or LLaVA's training data
+                raise KeyError
             yield from ((where, image, i["category"], None) for i in instances)
             yield from ((where, image, None, c) for c in captions)
         except (TypeError, KeyError, AttributeError):

@@ -84,12 +84,31 @@ class Task:
             "questions": hashlib.sha256(text.encode()).hexdigest(),
             "max_new_tokens": self.max_new_tokens,
         }
+        self.scored_by = _scored_by(questions)
         self.judged = hasattr(module, "score_with")
         self.journal = None
 
     def pending(self):
         """The questions of this run that have no answer yet."""
         return [q for q in self.asked if "text" not in self.journal.lines.get(q.id, ())]
+
+
+def _scored_by(questions):
+    """Settings that figures depend on, but answers do not: digests of the truth, and of lists of words where there are.
+
+    By content: the same annotations in another folder are the same.
+    """
+    paths = ("synonyms", "folder")
+    truth = [[q.id, {name: value for name, value in q.facts.items() if name not in paths}] for q in questions]
+    found = {"truth": _digest(truth)}
+    facts = {name: value for q in questions for name, value in q.facts.items() if name in paths}
+    if "synonyms" in facts:
+        own = facts["synonyms"] is None
+        found["synonyms"] = "own" if own else _digest(Path(facts["synonyms"]).read_bytes().hex())
+    if "folder" in facts:
+        files = [Path(facts["folder"], name) for name in ("relation.json", "safe_words.txt")]
+        found["words"] = _digest([file.read_bytes().hex() for file in files])
+    return found
 
 
 def _tasks(args):
@@ -170,7 +189,10 @@ def _check_images(tasks, folder):
     """Refuse a wrong image folder before minutes of loading."""
     from .journal import image_file
 
-    names = list(dict.fromkeys(q.image for task in tasks for q in task.pending()))
+    if not any(task.pending() for task in tasks):
+        return
+    # of all questions: those that are left may be the few whose image is missing, which are no reason to refuse
+    names = list(dict.fromkeys(q.image for task in tasks for q in task.asked))
     missing = []
     for name in names:
         try:
@@ -278,14 +300,19 @@ def main(args):
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     tasks = _tasks(args)
-    judge = _check(args, tasks)
+    judge, here = _check(args, tasks), os.path.abspath(args.images)
     with locked(args.output):
         try:
             source = _Api(args) if args.model.startswith("api:") else _Checkpoint(args)
             for path in Path(args.output).glob("*/settings.json"):
                 check_settings(path, source.settings)  # other tasks there are of the same model, too
             for task in tasks:
-                check_settings(task.folder / "settings.json", {**source.settings, **task.settings})
+                old = check_settings(task.folder / "settings.json", {**source.settings, **task.settings})
+                if old.get("images", here) != here:  # moved, mostly; but these may be others under the same names
+                    _say(
+                        f"{task.name}: the answers in {task.folder} were given with --images {old['images']}, now it "
+                        f"is {here}; they are kept. If these are other images, choose another --output."
+                    )
                 task.journal = Journal(task.folder / "answers.jsonl", "question_id")
             _check_images(tasks, args.images)
             model, results = None, []
@@ -296,7 +323,7 @@ def main(args):
                         settings = {**source.settings, **task.settings}
                         check_settings(task.folder / "settings.json", settings)
                         task.folder.mkdir(exist_ok=True)
-                        write_settings(task.folder / "settings.json", settings)
+                        write_settings(task.folder / "settings.json", {**settings, "images": here})
                         _ask(task, model, source.name, args.images)
                     if not task.judged:
                         results.append(_finish(task, source.name, None, args))
@@ -374,6 +401,7 @@ def _finish(task, name, judge, args):
         result["judge"] = {"name": judge.model, "url": judge.url, "rubric": judge.rubric.name}
         result["judge"]["rubric_sha256"] = _digest(judge.rubric)
     settings = json.loads((task.folder / "settings.json").read_text(encoding="utf-8"))
+    settings |= task.scored_by
     if "judge" in result:
         settings |= {"judge": judge.model, "rubric": judge.rubric.name}
     result |= {"images": os.path.abspath(args.images), "settings": settings, "provenance": provenance(args.seed)}

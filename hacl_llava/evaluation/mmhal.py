@@ -153,9 +153,10 @@ def read(path):
 
 
 def parse(reply):
-    """The rating 0 to 6 in a judge's reply, or None where there is none or several differ; bold type is passed over."""
+    """The rating 0 to 6 in a judge's reply, or None where there is none, a range, or several that differ; bold type is
+    passed over."""
     plain = re.sub(r"[*_`]", "", reply).lower()
-    found = set(re.findall(r"rating:\s*(\d+(?:\.\d+)?)", plain))
+    found = set(re.findall(r"rating:\s*(\d+(?:\.\d+|\s*(?:[-–~]|or|to)\s*\d+)?)", plain))
     (rating,) = found if len(found) == 1 else (None,)
     return int(rating) if rating is not None and re.fullmatch("[0-6]", rating) else None
 

@@ -35,6 +35,7 @@ from .runs import (
 )
 
 _COUNTS = ("questions", "scored", "failed", "unclear")  # of results.json, for people; the others are sums of scores
+_TRADED = ("precision", "recall")  # of yes/no questions: saying yes, or no, more often buys one with the other
 _SMALL = 1000  # questions below which a comparison is called small
 
 
@@ -106,6 +107,8 @@ def summarise(tasks, runs, baseline):
                     words, verdict = f"{words}, too few images for an interval", "unclear"
                 elif verdict == "unclear":
                     words = f"{metric} ({_interval(entry, 'difference', '+')})"
+                if task["kind"] in ("pope", "amber") and metric.endswith(_TRADED) and verdict in ("improved", "worse"):
+                    verdict = "changed"
                 if metric == "accuracy" and verdict in ("improved", "worse") and _unlikely_alone(c):
                     words += f", but McNemar's p is {_p(c['mcnemar']['p_holm'])} (adjusted)"
                     verdict = "unclear"
@@ -425,6 +428,8 @@ def _gallery(runs, pairs, output, args):
                 try:
                     if not isinstance(entry.get("image"), str):
                         raise HaclError("the item names no image")
+                    if os.path.isabs(entry["image"]) or os.path.normpath(entry["image"]).split(os.sep)[0] == "..":
+                        raise HaclError("leads out of the image folder, so it is not opened")
                     picture = thumbnail(os.path.join(str(folder), entry["image"]))
                     entry["picture"] = f"gallery-{number:02}.jpg"
                     write_bytes(output / entry["picture"], picture)

@@ -399,6 +399,8 @@ def draw_gallery(a, b, tasks, size, seed=0):
             if all(judged):
                 entry["right"] = a.name if right[0] else b.name
             facts = {run.name: _facts(x) for run, x in ((a, item), (b, other))}
+            if item.get("question") != other.get("question"):
+                facts[b.name] = {"asked in other words": str(other.get("question")), **facts[b.name]}
             entry["facts"] = {k: v for k, v in facts.items() if v}
             pools["unjudged" if not all(judged) else "labelled" if "label" in item else "described"].append(entry)
     rng, drawn = random.Random(f"gallery {seed}"), []
