@@ -47,7 +47,7 @@ test-slow: venv
 
 # The middle of the range: without the slow tests of one process, and without files that need neither torch nor
 # transformers, which both ends run.
-ANY_VERSION = scores report records miniature hallucinate_api hallucinate_rules hallucinate_run
+ANY_VERSION = scores report records hallucinate_api hallucinate_rules hallucinate_run
 
 test-4.57: .venv-4.57/.made
 	.venv-4.57/bin/python -m pytest -m 'not gpu and (distributed or not e2e)' $(ANY_VERSION:%=--ignore=tests/test_%.py)

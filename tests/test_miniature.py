@@ -1,4 +1,4 @@
-"""The miniature's world: what is asked about an image follows from what is in it."""
+"""The miniature's world: what is asked about an image follows from what is in it, and LLaVA takes it as it is."""
 
 import json
 import random
@@ -96,3 +96,28 @@ def test_kinds_stand_beside_hallucinated_captions(tmp_path):
             changed = [(a, b) for a, b in zip(caption.split(), text.split()) if a != b]
             if kind == "attribute":
                 assert len(changed) == 1 and set(changed[0]) <= set(world.COLOURS)
+
+
+def test_llava_takes_its_conversations_whole(mini, tmp_path, capsys):
+    """LLaVA masks a conversation whose tokens it counts otherwise than it finds them, with no more than a warning."""
+    import transformers
+
+    from hacl_llava import compat  # noqa: F401  (before llava)
+
+    # isort: split
+    from llava import conversation
+    from llava.train import train
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(mini.llm), use_fast=False, model_max_length=512)
+    tokenizer.pad_token = tokenizer.unk_token
+    before = conversation.default_conversation
+    conversation.default_conversation = conversation.conv_templates["v1"]
+    try:
+        for record in json.loads(world.make_instructions(tmp_path, 60).read_text()):
+            labels = train.preprocess_v1([record["conversations"]], tokenizer, has_image=True)["labels"][0]
+            answers = [t["value"] for t in record["conversations"][1::2]]
+            kept = tokenizer.decode(labels[labels != train.IGNORE_INDEX]).replace("</s>", " ")
+            assert kept.split() == " ".join(answers).split()
+    finally:
+        conversation.default_conversation = before
+    assert "mismatch" not in capsys.readouterr().out

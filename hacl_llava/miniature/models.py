@@ -26,10 +26,11 @@ def make_tokenizer(folder, seed=0, vocab_size=256):
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     texts = [caption_of(make_scene(rng)) for _ in range(2000)]
-    texts += [
-        f"USER: {question_about(shape)}{SHORT} ASSISTANT: {yes}" for shape in SHAPES for yes in ("Yes", "No")
-    ] * 20
-    texts += [f"{SYSTEM} USER: {prompt} ASSISTANT:" for prompt in PROMPTS] * 100
+    texts += [f"{question_about(shape)}{SHORT} ASSISTANT: {yes}" for shape in SHAPES for yes in ("Yes", "No")] * 20
+    texts += [f"{SYSTEM} {prompt} ASSISTANT:" for prompt in PROMPTS] * 100
+    # USER is one token after </s>, and two after a space, as in Vicuna's vocabulary. LLaVA counts on it, and masks
+    # conversations of several turns where it is not so ("tokenization mismatch").
+    texts += [f"{letter}USER" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"] * 20
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
