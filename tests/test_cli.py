@@ -1,6 +1,7 @@
 """hacl-llava: help, env, patch; and the wheel."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ def test_help_names_every_command(capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0
     for command in ("env", "patch", "hallucinate", "eval", "analyze", "report", "export", "card", "chat", "demo"):
-        assert f"\n    {command} " in out
+        assert re.search(rf"^    {command}\b", out, re.M)
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert __version__ in capsys.readouterr().out

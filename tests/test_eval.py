@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -122,6 +123,8 @@ def stock_evaluation(checkpoint, questions, images, folder, monkeypatch, change=
     """LLaVA's own eval_model on the CPU in float32: its texts, and what generate() gave it."""
     import hacl_llava.compat  # noqa: F401
 
+    # the one package of LLaVA's that only this script needs: names of answers
+    monkeypatch.setitem(sys.modules, "shortuuid", types.SimpleNamespace(uuid=lambda: "name"))
     script = importlib.import_module("llava.eval.model_vqa_loader")
     build, loader, to, tokens = script.load_pretrained_model, script.create_data_loader, torch.Tensor.to, []
     model_class = importlib.import_module("llava.model.builder").LlavaLlamaForCausalLM
