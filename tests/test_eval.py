@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import re
 import shutil
 import signal
@@ -40,6 +41,7 @@ KEY = "sk-secret-0123456789"
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the command sets it; not for other tests
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # of a handler that an earlier test's closed stderr has
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 

@@ -170,8 +170,8 @@ def make_dataset(folder, count, seed=0, per_caption=1, name="train"):
 def make_instructions(folder, count, seed=0, name="instructions"):
     """Render ``count`` scenes with conversations as LLaVA's stage 2 has them.
 
-    A quarter asks for the caption, the others ask up to three times whether a shape is there. Seven answers in ten are
-    "Yes", to which instruction data leans.
+    A quarter asks for the caption, the others whether a shape is there. Seven answers in ten are "Yes", to which
+    instruction data leans.
 
     Returns:
         The path of the json; its images are relative to ``folder/images``.
@@ -182,37 +182,19 @@ def make_instructions(folder, count, seed=0, name="instructions"):
         scene = make_scene(rng)
         image = _save(folder, name, i, scene, rng)
         if rng.random() < 0.25:
-            turns = [(rng.choice(PROMPTS).replace("<image>", "").strip(), caption_of(scene))]
+            question, answer = rng.choice(PROMPTS).replace("<image>", "").strip(), caption_of(scene)
         else:
-            turns = questions_about(scene, rng)
-        conversations = []
-        for n, (question, answer) in enumerate(turns):
-            conversations += [
-                {"from": "human", "value": question if n else f"<image>\n{question}"},
-                {"from": "gpt", "value": answer},
-            ]
+            there, yes = [group[2] for group in scene], rng.random() < 0.7
+            shape = rng.choice(there if yes else [s for s in SHAPES if s not in there])
+            question, answer = question_about(shape) + SHORT, "Yes" if yes else "No"
+        conversations = [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
         records.append({"id": f"{name}-{i:09d}", "image": image, "conversations": conversations})
     path = folder / f"{name}.json"
     path.write_text(json.dumps(records, indent=1), encoding="utf-8")
     return path
-
-
-def questions_about(scene, rng):
-    """One to three pairs of question and answer about shapes of a scene, seven answers in ten "Yes".
-
-    Half of the conversations ask for single words; in the others a "Yes" goes on to say what is there.
-    """
-    there = [group[2] for group in scene]
-    missing = [s for s in SHAPES if s not in there]
-    rng.shuffle(there)
-    rng.shuffle(missing)
-    turns, short = [], rng.random() < 0.5
-    for _ in range(rng.randint(1, 3)):
-        yes = bool(there) and rng.random() < 0.7
-        shape = (there if yes else missing).pop()
-        more = "" if short or not yes else f", {caption_of([group for group in scene if group[2] == shape])}"
-        turns.append((question_about(shape) + SHORT * short, ("Yes" if yes else "No") + more))
-    return turns
 
 
 def make_questions(folder, count, seed=0, name="test"):
