@@ -92,7 +92,7 @@ def main():
     stage1 = {"--version": "plain", "--tune_mm_mlp_adapter": True, "--per_device_train_batch_size": 64}
     stage1 |= {"--num_train_epochs": 8, "--learning_rate": 6e-3, "--seed": seed}
     stage2 = {"--version": "v1", "--per_device_train_batch_size": 32}
-    stage2 |= {"--num_train_epochs": 4, "--learning_rate": 1e-3, "--seed": seed}
+    stage2 |= {"--num_train_epochs": 12, "--learning_rate": 1e-3, "--warmup_ratio": 0.1, "--seed": seed}
 
     def one(name):
         projector, tuned = folder / name / "llava-pretrain", folder / name / "llava-v1"
