@@ -1,6 +1,6 @@
 """The miniature behind docs/evidence: stage 1 without and with HACL, stage 2 after each, evaluation, analysis, report.
 
-    python benchmarks/evidence.py                      a quarter of an hour on two CPU cores; writes docs/evidence/
+    python benchmarks/evidence.py                      half an hour on two CPU cores; writes docs/evidence/
     python benchmarks/evidence.py --small --docs ''    the same way in a minute or two; its figures mean nothing (CI)
 
 Everything goes through the commands a 7B run goes through: scripts/pretrain_hacl.py, scripts/finetune_hacl.py and
