@@ -495,7 +495,7 @@ def test_a_question_is_answered_on_stdout_as_it_comes(whole, picture, loaded):
     answer = stock_answer(loaded, f"{SYSTEM} USER: <image>\nWhat is there? ASSISTANT:", picture, LONG)
     said = b"".join(pieces).decode()
     # Its beginning: among hundreds of a random model's tokens two may be as likely, and a process round otherwise.
-    assert said[:2000] == answer[:2000] and len(said) > 2000 and said.endswith("\n")
+    assert said[:300] == answer[:300] and len(said) > 2000 and said.endswith("\n")
     assert len(pieces) > 50 and times[-1] - times[0] > 1  # seconds; the first bytes came well before the end
     assert "do_sample" not in err and "temperature" not in err and "conversation template v1" in err
 
