@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from . import compat  # noqa: F401  (before llava)
 from .config import HaclError
 from .loading import load_pretrained
+from .records import unreadable
 
 # isort: split
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -60,8 +61,9 @@ def open_image(path):
     try:
         return Image.open(os.path.expanduser(path)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "not an image that Pillow reads, or a damaged one"
-        raise HaclError(f"{path or '(no file)'}: cannot be opened ({reason}); give the path of an image.") from None
+        raise HaclError(
+            f"{path or '(no file)'}: cannot be opened ({unreadable(error)}); give the path of an image."
+        ) from None
 
 
 def generation_settings(model, tokenizer, temperature=0.0):

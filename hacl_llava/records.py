@@ -31,6 +31,11 @@ def name_of(path, index, record):
     return f"{path}: record {index}{identity}"
 
 
+def unreadable(error):
+    """Why an image cannot be opened, in words, from what Pillow or the disk raised."""
+    return getattr(error, "strerror", None) or "not an image that Pillow reads, or a damaged one"
+
+
 def hallucinated_captions(record):
     """The record's hallucinated captions, a list of non-empty strings.
 

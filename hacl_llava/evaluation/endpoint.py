@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from ..config import HaclError
 from ..hallucinate.api import FAILED_IN_A_ROW, Connection
+from ..records import unreadable
 from .journal import Answer, image_file
 
 RETRIES = 6  # of the openai package, with its own pauses or those that the endpoint asks for
@@ -168,6 +169,5 @@ def data_uri(folder, name):
             image.convert("RGB").save(buffer, "JPEG", quality=95)
             kind, data = "JPEG", buffer.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "not an image that Pillow reads, or a damaged one"
-        raise HaclError(f"{path}: cannot be opened ({reason}).") from None
+        raise HaclError(f"{path}: cannot be opened ({unreadable(error)}).") from None
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"

@@ -13,6 +13,7 @@ import re
 import warnings
 
 from ..config import HaclError
+from ..records import unreadable
 
 _LONGEST = 1500  # characters of an answer that are shown
 
@@ -53,8 +54,7 @@ def thumbnail(path, side=320):
         image.save(file, "JPEG", quality=88, subsampling=0)
         return file.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "not an image that Pillow reads, or a damaged one"
-        raise HaclError(reason) from None
+        raise HaclError(unreadable(error)) from None
 
 
 _STYLE = """
