@@ -169,6 +169,7 @@ def _parser():
     action.add_argument("--revert", action="store_true", help="take the two lines out again")
     command.set_defaults(run=_patch)
 
+    from . import check
     from .evaluation import analyze, report
     from .evaluation import command as evaluation
     from .hallucinate import command as hallucinate
@@ -180,6 +181,14 @@ def _parser():
         description="Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by "
         "rules, by a model behind an OpenAI-compatible endpoint, by a local model, or by a mix. A run that was stopped "
         "or killed goes on when the same command is given again.",
+    )
+    add(
+        "check-data",
+        check,
+        help="whether a json and its images can be trained on, and what is odd about them",
+        description="Look at every record and every image of a LLaVA-format json ahead of training: what would end a "
+        "run, and what would be trained on in another way than it was meant. Exit status 0: fine, 1: some records "
+        "cannot be used, 2: the data cannot be looked at.",
     )
     add(
         "analyze",

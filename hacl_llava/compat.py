@@ -12,6 +12,7 @@ import os
 
 LLAVA_INSTALL = "pip install --no-deps llava-torch==1.2.2.post1"
 LLAVA_VERSION = "1.2.2.post1"
+STATE_FILE = "training_state.safetensors"  # beside the projector in a stage-1 checkpoint
 
 
 class LlavaNotUsable(ImportError):
@@ -147,22 +148,24 @@ def _random_states():
     torch.serialization.add_safe_globals(parts)
 
 
-def _resuming_lora_under_deepspeed():
-    # The Trainer leaves frozen weights out of a LoRA's DeepSpeed checkpoint, and that of 4.37 misses them when it
-    # resumes. Newer ones say load_module_strict=False themselves. Goes with transformers 4.37.
+def _resuming_under_deepspeed():
+    # Not for a version's sake: a stage-1 checkpoint is not DeepSpeed's, and ResumableTrainer loads it a moment later.
+    # And the Trainer leaves frozen weights out of a LoRA's DeepSpeed checkpoint, and that of 4.37 misses them when it
+    # resumes. Newer ones say load_module_strict=False themselves. This goes with transformers 4.37.
     import transformers.trainer as trainer
 
     load = trainer.deepspeed_load_checkpoint
-    if "load_module_strict" in _parameters(load):
-        return
+    knows = "load_module_strict" in _parameters(load)
 
     @functools.wraps(load)
-    def wrapped(engine, path):
+    def wrapped(engine, path, *args, **kwargs):
+        if os.path.exists(os.path.join(path, STATE_FILE)):
+            return
         load_checkpoint = engine.load_checkpoint
-        if hasattr(engine.module, "peft_config"):
+        if not knows and hasattr(engine.module, "peft_config"):
             engine.load_checkpoint = functools.partial(load_checkpoint, load_module_strict=False)
         try:
-            load(engine, path)
+            load(engine, path, *args, **kwargs)
         finally:
             engine.load_checkpoint = load_checkpoint
 
@@ -244,6 +247,18 @@ def _trainer_methods(trainer_class):
 
     trainer_class.create_optimizer = create_optimizer
 
+    if "and args.auto_find_batch_size" not in inspect.getsource(Trainer.train):
+        # Resuming, it goes on with the batch size of the checkpoint, whatever --per_device_train_batch_size says now:
+        # with another number of ranks, the global batch would be another. Seen up to 4.57.
+        loop = Trainer._inner_training_loop
+
+        @functools.wraps(loop)
+        def _inner_training_loop(self, batch_size=None, *args, **kwargs):
+            size = batch_size if self.args.auto_find_batch_size else self.args.train_batch_size
+            return loop(self, size, *args, **kwargs)
+
+        trainer_class._inner_training_loop = _inner_training_loop
+
     save = trainer_class._save_checkpoint
     if "metrics" not in _parameters(Trainer._save_checkpoint) and "metrics" in _parameters(save):
 
@@ -267,6 +282,19 @@ def savable_generation_config(model):
         settings.do_sample = True
 
 
+def end_in_order():
+    """Close the process groups when the interpreter ends; for a process that is through with its work."""
+    atexit.unregister(_close_process_groups)
+    atexit.register(_close_process_groups)
+
+
+def order_is_of_one_rank():
+    """Whether a run on one rank draws another order of the data than a run on several, as with transformers 4.37."""
+    import transformers.trainer_pt_utils as utils
+
+    return not hasattr(utils, "AcceleratorConfig")  # which came with a sampler seeded by epoch alone
+
+
 def _close_process_groups():
     import torch.distributed as dist
 
@@ -285,8 +313,7 @@ def _end_in_order(trainer_class):
     @functools.wraps(save_state)
     def wrapped(self):
         save_state(self)
-        atexit.unregister(_close_process_groups)
-        atexit.register(_close_process_groups)
+        end_in_order()
 
     trainer_class.save_state = wrapped
 
@@ -315,7 +342,7 @@ _argument_parser()
 _deepspeed_on_cpu()
 _accumulation_under_zero()
 _random_states()
-_resuming_lora_under_deepspeed()
+_resuming_under_deepspeed()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
 for _class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
     _forward_arguments(_class)

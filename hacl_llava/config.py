@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 NEGATIVES = Literal["own", "batch", "global"]
+CHECK_DATA = Literal["fast", "full", "off"]
+BAD_RECORDS = Literal["refuse", "skip"]
+NONFINITE = Literal["stop", "skip"]
 
 
 class HaclError(ValueError):
@@ -103,6 +106,53 @@ class HaclConfig:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run does when something goes wrong; flags with the prefix ``--hacl_`` too, but no part of the model.
+
+    They hold for stage 1 and 2, with and without HACL, and leave no trace in a run in which nothing goes wrong.
+
+    Raises:
+        HaclError: a value is out of range.
+    """
+
+    check_data: CHECK_DATA = _setting(
+        "fast",
+        "Before anything costly is loaded: fast looks at every record and whether its image is there, full opens every "
+        "image too (hacl-llava check-data does it ahead of time), off trusts the data.",
+    )
+    bad_records: BAD_RECORDS = _setting(
+        "refuse",
+        "What becomes of records that cannot be used: refuse ends the run before it starts, skip leaves them out, "
+        "counts them and lists them in OUTPUT_DIR/bad_records.jsonl.",
+    )
+    max_failed: int = _setting(
+        100,
+        "Records that may fail while training runs (an image that vanishes, say): each is replaced by a masked row and "
+        "listed; one more ends the run.",
+    )
+    nonfinite: NONFINITE = _setting(
+        "stop",
+        "Loss or gradient that is not a number: the batch never reaches the weights; stop ends the run with the "
+        "records' ids, skip goes on and lists them in OUTPUT_DIR/nonfinite.jsonl.",
+    )
+
+    def __post_init__(self):
+        for name, allowed in (("check_data", CHECK_DATA), ("bad_records", BAD_RECORDS), ("nonfinite", NONFINITE)):
+            if getattr(self, name) not in allowed.__args__:
+                raise HaclError(
+                    f"hacl_{name} is {getattr(self, name)!r}, allowed is one of {', '.join(allowed.__args__)}."
+                )
+        if self.max_failed < 0:
+            raise HaclError(f"hacl_max_failed is {self.max_failed}, allowed is a number >= 0.")
+
+    @classmethod
+    def from_arguments(cls, arguments):
+        """Read the ``hacl_*`` attributes of parsed arguments; an attribute that is missing keeps its default."""
+        names = [f.name for f in fields(cls)]
+        return cls(**{n: getattr(arguments, f"hacl_{n}") for n in names if hasattr(arguments, f"hacl_{n}")})
+
+
 USE_HACL = "Train with HACL: contrast each image with its caption, with hallucinated captions as hard negatives."
 
 
@@ -113,5 +163,7 @@ def hacl_argument_fields(use_hacl):
     """
     flags = [("use_hacl", bool, _setting(use_hacl, USE_HACL))]
     return flags + [
-        (f"hacl_{f.name}", f.type, field(default=f.default, metadata=f.metadata)) for f in fields(HaclConfig)
+        (f"hacl_{f.name}", f.type, field(default=f.default, metadata=f.metadata))
+        for settings in (HaclConfig, RunSettings)
+        for f in fields(settings)
     ]

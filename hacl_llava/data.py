@@ -3,75 +3,130 @@
 import functools
 import json
 import os
+import sys
 
 import torch
 
 from . import compat  # noqa: F401  (before llava)
-from .config import on_first_rank
-from .records import DataError, caption_of, hallucinated_captions, name_of, problem_of
+from .config import RunSettings, on_first_rank
+from .records import (
+    DataError,
+    caption_of,
+    hallucinated_captions,
+    image_path,
+    list_records,
+    name_of,
+    size_problem,
+)
 
 # isort: split
 import llava.train.train as stock
 
 
 def read_records(path):
-    """Read a LLaVA-format json: a list of records.
+    """Read a LLaVA-format json, or json lines, gzipped or not: a list of records.
 
     Raises:
         DataError: the file is missing, is not json (truncated, say), or is not a list of records.
     """
     try:
         stat = os.stat(path)
-        return _read_records(path, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give --data_path a LLaVA-format json.") from None
+    return _read_records(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=1)  # read once to be checked before the model is loaded, and once by the dataset
 def _read_records(path, mtime, size):
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        records = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except json.JSONDecodeError as error:
-        end = "" if text.rstrip().endswith(("]", "}")) else " It does not end like json: it looks truncated."
-        raise DataError(
-            f"{path}: not valid json at line {error.lineno}, column {error.colno} ({error.msg}).{end}"
-        ) from None
-    if not isinstance(records, list):
-        raise DataError(f"{path}: holds a {type(records).__name__}, expected a list of LLaVA records.")
-    if not records:
-        raise DataError(f"{path}: holds no records.")
-    return records
+    return list_records(path)
 
 
-def check_records(path, records, image_folder, plain):
-    """Refuse records that cannot be trained on, before anything costly is loaded.
+class BadRecords:
+    """The list of records that are not trained on, ``bad_records.jsonl`` in the run's folder: one json object a line.
 
-    Checks the form of every record, and by listing folders (no file is opened) that every image is there.
+    Keys: ``file``, ``index``, ``id``, ``image``, ``problem`` and ``when``, "start" for records that were left out and
+    "training" for those in whose place a masked row was trained. Ranks and data workers append to one file, a line a
+    write; a record is listed once, however many epochs it fails in, and over restarts.
 
-    Raises:
-        DataError: names the first bad record and how many there are.
+    Args:
+        path: of the file. limit: how many may fail while training runs; of all ranks that share the file.
     """
-    problems = [(i, p) for i, r in enumerate(records) if (p := problem_of(r, plain))]
-    if not problems:
-        folders = {}
-        for i, record in enumerate(records):
-            if "image" in record:
-                folder, file = os.path.split(os.path.join(image_folder or "", record["image"]))
-                if folder not in folders:
+
+    def __init__(self, path, limit):
+        self.path, self.limit = os.fspath(path), limit
+        self._unwritten = []  # of this process, on a full disk
+
+    def read(self):
+        """Lines of the file, as dicts; a line that a kill or a full disk cut is passed over."""
+        found = []
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                for line in file:
                     try:
-                        folders[folder] = set(os.listdir(folder or "."))
-                    except OSError:
-                        folders[folder] = set()
-                if file not in folders[folder]:
-                    problems.append((i, f"has the image {os.path.join(folder, file)}, which does not exist"))
-    if problems:
-        index, problem = problems[0]
-        more = "" if len(problems) == 1 else f" {len(problems)} of {len(records)} records cannot be used."
-        raise DataError(f"{name_of(path, index, records[index])} {problem}.{more} Repair or remove them.")
+                        found.append(json.loads(line))
+                    except ValueError:
+                        continue
+        except FileNotFoundError:
+            pass
+        return found
+
+    def replace(self, entries):
+        """Start the file anew with these, or without any remove it; it appears whole."""
+        if not entries:
+            if os.path.exists(self.path):
+                os.unlink(self.path)
+            return
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        part = f"{self.path}.part"
+        with open(part, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path)
+
+    def add(self, entry):
+        """Append one that failed while training runs, unless it is listed.
+
+        Raises:
+            DataError: more than ``limit`` have failed by now.
+        """
+        listed = self.read() + self._unwritten
+        failed = {e["index"] for e in listed if e.get("when") == "training" and e.get("file") == entry["file"]}
+        if entry["index"] in failed:
+            return
+        name = name_of(entry["file"], entry["index"], entry)
+        if len(failed) >= self.limit:
+            raise DataError(
+                f"{name}: {entry['problem']}. {len(failed)} records have failed before it, listed in {self.path}, and "
+                f"--hacl_max_failed is {self.limit}. Mend them, and give the same command again; it goes on."
+            )
+        line = json.dumps(entry) + "\n"
+        try:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                end = os.fstat(file).st_size
+                whole = not end or os.pread(file, 1, end - 1) == b"\n"
+                os.write(file, (line if whole else f"\n{line}").encode())
+            finally:
+                os.close(file)
+        except OSError as error:
+            self._unwritten.append(entry)
+            print(f"HACL data: {self.path}: cannot be written ({error.strerror}).", file=sys.stderr)
+        print(
+            f"\nHACL data: {name}: {entry['problem']}; a masked row is trained in its place "
+            f"({len(failed) + 1} of at most {self.limit}, in {self.path}).",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def entry_of(path, index, record, problem, when):
+    """A record as a line of `BadRecords` has it."""
+    known = record if isinstance(record, dict) else {}
+    entry = {"file": os.fspath(path), "index": index}
+    entry |= {key: known[key] for key in ("id", "image") if key in known}
+    return {**entry, "problem": problem, "when": when}
 
 
 def tokenize_caption(text, tokenizer):
@@ -82,6 +137,8 @@ def tokenize_caption(text, tokenizer):
     """
     if not text:
         return None
+    if not text.isascii():  # half of a surrogate pair, which json can hold and tokenizers refuse
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     ids = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length).input_ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:1] != [bos]:
@@ -91,7 +148,89 @@ def tokenize_caption(text, tokenizer):
     return torch.tensor(ids[: tokenizer.model_max_length - 1] + [eos], dtype=torch.long)
 
 
-class HaclDataset(stock.LazySupervisedDataset):
+class GuardedDataset(stock.LazySupervisedDataset):
+    """LLaVA's dataset, bit for bit on records that can be used; one that cannot becomes a masked row.
+
+    A masked row has a zero image, tokens without labels and no captions: it passes through the same modules, and
+    nothing is learnt from it. It is listed (`BadRecords`), and the run goes on up to ``--hacl_max_failed``.
+    ``data_args`` may have, as `integration` sets them: ``hacl_run`` (`RunSettings`) and ``hacl_bad_records``, the path
+    of the list, without which a record that cannot be used raises DataError; and ``hacl_left_out``, indices in the
+    file of records that are not taken.
+
+    Items have ``record_index`` beside LLaVA's keys: the position in ``list_data_dict``; ``numbers`` has those in the
+    file.
+    """
+
+    def __init__(self, data_path, tokenizer, data_args):
+        torch.utils.data.Dataset.__init__(self)
+        self.tokenizer, self.data_args, self.data_path = tokenizer, data_args, data_path
+        records, left_out = read_records(data_path), getattr(data_args, "hacl_left_out", None) or ()
+        self.numbers = [i for i in range(len(records)) if i not in left_out] if left_out else range(len(records))
+        self.list_data_dict = [records[i] for i in self.numbers] if left_out else records
+        path = getattr(data_args, "hacl_bad_records", None)
+        run = getattr(data_args, "hacl_run", None) or RunSettings()
+        self.bad_records = BadRecords(path, run.max_failed) if path else None
+        if left_out and on_first_rank():
+            print(f"HACL data: {len(left_out)} of {len(records)} records are left out, listed in {path}.")
+
+    def __getitem__(self, i):
+        try:
+            item = self._item(i)
+        except Exception as error:
+            self._failed(i, error)
+            item = self._masked()
+        item["record_index"] = i
+        return item
+
+    def _item(self, i):
+        record = self.list_data_dict[i]
+        if "image" not in record and _is_plain():
+            return self._text_only(record)
+        if "image" in record:
+            path = image_path(self.data_args.image_folder, record["image"])
+            with stock.Image.open(path) as image:  # its header alone
+                if problem := size_problem(*image.size, self.data_args.image_aspect_ratio == "pad"):
+                    raise DataError(f"has the image {path}, {problem}")
+        item = super().__getitem__(i)
+        images = int((item["input_ids"] == stock.IMAGE_TOKEN_INDEX).sum())
+        if images > 1:  # each would take the image of another row
+            raise DataError(f"has {images} <image> in its conversation and one image")
+        return item
+
+    def _failed(self, i, error):
+        record, number = self.list_data_dict[i], self.numbers[i]
+        problem = str(error) if isinstance(error, DataError) else f"cannot be used ({type(error).__name__}: {error})"
+        if self.bad_records is None:
+            image = f", image {record['image']}" if isinstance(record, dict) and "image" in record else ""
+            name = name_of(self.data_path, number, record)
+            raise DataError(f"{name}{image}: {problem}. Repair or remove it.") from error
+        self.bad_records.add(entry_of(self.data_path, number, record, problem, "training"))
+
+    def _masked(self):
+        tokenizer = self.tokenizer
+        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 1, 0)
+        token = next(t for t in known if t is not None and t != tokenizer.pad_token_id)
+        # Two of them: of a batch of single tokens, LLaVA takes no image in.
+        ids = torch.tensor([token, token])
+        return self._with_zero_image({"input_ids": ids, "labels": torch.full_like(ids, stock.IGNORE_INDEX)})
+
+    def _text_only(self, record):
+        # LLaVA's plain template asserts an image; its form without one is the answer alone.
+        text = caption_of(record) + stock.conversation_lib.default_conversation.sep
+        ids = torch.tensor(self.tokenizer(text).input_ids, dtype=torch.long)
+        labels = ids.clone()
+        if len(ids) and ids[0] == self.tokenizer.bos_token_id:
+            labels[0] = stock.IGNORE_INDEX
+        return self._with_zero_image({"input_ids": ids, "labels": labels})
+
+    def _with_zero_image(self, item):
+        if self.data_args.is_multimodal:
+            size = self.data_args.image_processor.crop_size
+            item["image"] = torch.zeros(3, size["height"], size["width"])
+        return item
+
+
+class HaclDataset(GuardedDataset):
     """LLaVA's records with ``caption_ids`` and ``hallucinated_ids`` beside ``input_ids``, ``labels``, ``image``.
 
     K, the number of hallucinated captions, is that of the record with most (at most ``hacl_num_hallucinated``),
@@ -99,13 +238,11 @@ class HaclDataset(stock.LazySupervisedDataset):
     """
 
     def __init__(self, data_path, tokenizer, data_args):
-        torch.utils.data.Dataset.__init__(self)
-        self.tokenizer, self.data_args, self.data_path = tokenizer, data_args, data_path
-        self.list_data_dict = read_records(data_path)
+        super().__init__(data_path, tokenizer, data_args)
         limit = getattr(data_args, "hacl_num_hallucinated", -1)
-        found = [len(hallucinated_captions(r)) for r in self.list_data_dict]
+        found = [_number_of_hallucinated(r) for r in self.list_data_dict]
         self.num_hallucinated = max(found) if limit < 0 else min(limit, max(found))
-        images = sum("image" in r for r in self.list_data_dict)
+        images = sum("image" in r for r in self.list_data_dict if isinstance(r, dict))
         with_captions = sum(n > 0 for n in found)
         if on_first_rank():
             print(
@@ -115,37 +252,23 @@ class HaclDataset(stock.LazySupervisedDataset):
             if not self.num_hallucinated:
                 print("HACL data: no hallucinated captions are used: images are contrasted with captions only.")
 
-    def __getitem__(self, i):
-        record = self.list_data_dict[i]
-        if "image" not in record and _is_plain():
-            item = self._text_only(record)
-        else:
-            try:
-                item = super().__getitem__(i)
-            except Exception as error:
-                image = f", image {record['image']}" if "image" in record else ""
-                raise DataError(
-                    f"{name_of(self.data_path, i, record)}{image}: cannot be used "
-                    f"({type(error).__name__}: {error}). Repair or remove it."
-                ) from error
+    def _item(self, i):
+        item, record = super()._item(i), self.list_data_dict[i]
         item["caption_ids"] = tokenize_caption(caption_of(record), self.tokenizer)
         captions = hallucinated_captions(record)[: self.num_hallucinated]
         ids = [tokenize_caption(c, self.tokenizer) for c in captions]
         item["hallucinated_ids"] = ids + [None] * (self.num_hallucinated - len(ids))
         return item
 
-    def _text_only(self, record):
-        # LLaVA's plain template asserts an image; its form without one is the answer alone.
-        text = caption_of(record) + stock.conversation_lib.default_conversation.sep
-        ids = torch.tensor(self.tokenizer(text).input_ids, dtype=torch.long)
-        labels = ids.clone()
-        if len(ids) and ids[0] == self.tokenizer.bos_token_id:
-            labels[0] = stock.IGNORE_INDEX
-        item = {"input_ids": ids, "labels": labels}
-        if self.data_args.is_multimodal:
-            size = self.data_args.image_processor.crop_size
-            item["image"] = torch.zeros(3, size["height"], size["width"])
-        return item
+    def _masked(self):
+        return {**super()._masked(), "caption_ids": None, "hallucinated_ids": [None] * self.num_hallucinated}
+
+
+def _number_of_hallucinated(record):
+    try:
+        return len(hallucinated_captions(record))
+    except (AttributeError, DataError):  # a record that becomes a masked row
+        return 0
 
 
 def _is_plain():
@@ -185,7 +308,27 @@ class HaclCollator:
         return batch
 
 
+class WithRecordIndices:
+    """A collator that adds ``record_indices`` ``[B]``, which rows of the dataset the batch is of; not for the model."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, instances):
+        batch = self.collator(instances)
+        batch["record_indices"] = torch.tensor([x["record_index"] for x in instances])
+        return batch
+
+
 def make_hacl_data_module(tokenizer, data_args):
     """In place of LLaVA's `make_supervised_data_module`: dataset, collator, and no evaluation set."""
     dataset = HaclDataset(data_args.data_path, tokenizer, data_args)
-    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": HaclCollator(tokenizer)}
+    collator = WithRecordIndices(HaclCollator(tokenizer))
+    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
+
+
+def make_plain_data_module(tokenizer, data_args):
+    """The same without HACL: LLaVA's own batches, and ``record_indices``."""
+    dataset = GuardedDataset(data_args.data_path, tokenizer, data_args)
+    collator = WithRecordIndices(stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer))
+    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

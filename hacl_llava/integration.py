@@ -13,7 +13,9 @@ from pathlib import Path
 import transformers
 
 from . import compat
-from .config import HaclConfig, HaclError, hacl_argument_fields
+from .check import check_run
+from .config import HaclConfig, HaclError, RunSettings, hacl_argument_fields
+from .resume import FILES, SIGNALS, broken, check_folder, checkpoints, ranks_of
 
 NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
 SAVING = (
@@ -24,7 +26,7 @@ SAVING = (
 _STOCK = "_hacl_stock_names"
 
 
-def install(namespace, use_hacl=False, stage=1):
+def install(namespace, use_hacl=False, stage=None):
     """Let LLaVA's train() know ``--use_hacl`` and the ``--hacl_*`` flags.
 
     `train()` looks its classes up as globals of its module while it runs; those in `NAMES` and `SAVING` are
@@ -35,7 +37,8 @@ def install(namespace, use_hacl=False, stage=1):
     Args:
         namespace: the globals of llava.train.train (``globals()`` in a patched checkout).
         use_hacl: the default of ``--use_hacl``.
-        stage: 2 keeps, without HACL too, checkpoints that appear whole and resume, and checks stage 2's settings.
+        stage: 1 or 2 keep, without HACL too, checkpoints that appear whole and resume, and what `RunSettings` says; 2
+            checks stage 2's settings. None, as after the patch: without HACL, stock LLaVA and nothing else.
 
     Raises:
         compat.LlavaNotUsable: a name is missing, so this is not the train.py that HACL knows.
@@ -50,7 +53,7 @@ def install(namespace, use_hacl=False, stage=1):
             )
         stock = namespace[_STOCK] = {name: namespace[name] for name in (*NAMES, *SAVING)}
 
-    from .data import make_hacl_data_module
+    from .data import make_hacl_data_module, make_plain_data_module
     from .modeling import HaclLlavaLlamaForCausalLM
     from .trainer import HaclTrainer, ResumableTrainer
 
@@ -74,9 +77,9 @@ def install(namespace, use_hacl=False, stage=1):
     }
 
     plain = stock
-    if stage == 2:
-        plain = {**hacl, **{name: stock[name] for name in ("LlavaLlamaForCausalLM", "make_supervised_data_module")}}
-        plain["LLaVATrainer"] = ResumableTrainer
+    if stage is not None:
+        plain = {**hacl, "LlavaLlamaForCausalLM": stock["LlavaLlamaForCausalLM"], "LLaVATrainer": ResumableTrainer}
+        plain["make_supervised_data_module"] = make_plain_data_module
 
     def choose(model_arguments):
         namespace.update({name: (hacl if model_arguments.use_hacl else plain)[name] for name in hacl})
@@ -103,13 +106,19 @@ def _argument_classes(stock, use_hacl, choose, stage):
     def parsed(model, arguments):
         # compat's parser calls this with all three; nothing is loaded yet.
         _, data, training = arguments
+        data.hacl_run = training.hacl_run = RunSettings.from_arguments(model)
         if stage == 2:
             _check_stage2(model, training)
         if model.use_hacl:
             model.hacl_num_hallucinated = data.hacl_num_hallucinated
             HaclConfig.from_arguments(model)
-            _check_run(model, data, training.output_dir)
-        if stage == 2 or model.use_hacl:
+            _check_model(model)
+        if stage is not None or model.use_hacl:
+            SIGNALS.catch()
+            check_folder(training.output_dir)
+            if model.tune_mm_mlp_adapter:
+                _check_stage1(training)
+            check_run(model, data, training)
             # LLaVA makes projector and adapters before the Trainer seeds anything, and so does HACL its heads.
             transformers.set_seed(training.seed)
 
@@ -126,6 +135,21 @@ def _argument_classes(stock, use_hacl, choose, stage):
     }
 
 
+def _check_stage1(training):
+    """Refuse checkpoints that only look like ones to go on from."""
+    for folder in _whole(training.output_dir):
+        if not (folder / compat.STATE_FILE).exists():
+            raise HaclError(
+                f"{folder}: is not of a stage 1 that can be gone on from (stock LLaVA keeps the projector and no "
+                "optimizer). Give another --output_dir, or remove it to start anew."
+            )
+
+
+def _whole(folder):
+    """Checkpoints that `ResumableTrainer` will not pass over, and those that hold a projector alone."""
+    return [p for p in checkpoints(folder) if not broken(p) or not (p / FILES).exists() and any(p.glob("*.bin"))]
+
+
 def _check_stage2(model, training):
     """Refuse, before 7B are loaded, a projector that does not belong to this LLM, and checkpoints of another run."""
     from .checkpoint import CheckpointError, Weights, is_whole, read_json
@@ -135,11 +159,21 @@ def _check_stage2(model, training):
     output = Path(training.output_dir)
     if output.exists() and not output.is_dir():
         raise HaclError(f"--output_dir {output}: is a file; give a folder.")
-    for folder in output.glob("checkpoint-*"):
+    for folder in _whole(output):
         lora = (folder / "adapter_config.json").exists()
         if lora != training.lora_enable or not (lora or is_whole(folder) or list(folder.glob("global_step*"))):
             what = "of a LoRA run" if lora else "of a full run" if is_whole(folder) else "not of stage 2"
             raise HaclError(f"{folder}: is {what}, and cannot be gone on from here; give another --output_dir.")
+        ranks, now = ranks_of(folder), int(os.environ.get("WORLD_SIZE", 1))
+        if training.deepspeed and not list(folder.glob("global_step*")):
+            raise HaclError(
+                f"{folder}: was saved without DeepSpeed; leave --deepspeed out, or give another --output_dir."
+            )
+        if training.deepspeed and ranks not in (None, now):
+            raise HaclError(
+                f"{folder}: was saved by {ranks} ranks, of which DeepSpeed keeps a part each, and this run has {now}. "
+                f"Start {ranks} to go on, or give another --output_dir."
+            )
     folder = Path(model.model_name_or_path)
     config = read_json(folder / "config.json") if folder.is_dir() else {}
     if model.pretrain_mm_mlp_adapter is None:
@@ -166,10 +200,8 @@ def _check_stage2(model, training):
         )
 
 
-def _check_run(model, data, output_dir):
+def _check_model(model):
     """Refuse, before a 7B model is loaded, what would fail later."""
-    from .data import DataError, check_records, read_records
-
     if model.vision_tower is None:
         raise HaclError("--use_hacl contrasts images: give --vision_tower, a CLIP checkpoint.")
     if "mpt" in model.model_name_or_path:
@@ -183,14 +215,3 @@ def _check_run(model, data, output_dir):
             "with it costs a lot.",
             stacklevel=2,
         )
-    if model.tune_mm_mlp_adapter and any(Path(output_dir).glob("checkpoint-*")):
-        # LLaVA's train() would try to resume, and fail deep inside: its stage-1 checkpoints hold the projector alone.
-        raise HaclError(
-            f"{output_dir} holds checkpoint-* of an earlier stage-1 run, which cannot be resumed (they hold the "
-            "projector and no optimizer). Give another --output_dir, or remove them to start anew."
-        )
-    if not data.data_path:
-        raise DataError("--data_path is missing: give it a LLaVA-format json.")
-    records = read_records(data.data_path)
-    if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # once a machine; the launcher ends the others with this one
-        check_records(data.data_path, records, data.image_folder, plain=model.version == "plain")

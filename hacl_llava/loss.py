@@ -235,6 +235,10 @@ class HaclLoss(nn.Module):
             shape = (self.queue_size, images.shape[1])
             self._queue = (images.new_zeros(shape), images.new_zeros(shape), mask.new_zeros(self.queue_size))
         images, texts, mask = (x[-self.queue_size :] for x in (images, texts, mask))
+        # A feature that is not finite would spoil every later step.
+        finite = torch.isfinite(images).all(1) & torch.isfinite(texts).all(1)
+        images, texts = (x.masked_fill(~finite[:, None], 0) for x in (images, texts))
+        mask = mask & finite
         # Rows that do not count are stored with their mask: sorting them out would make the host wait for the device.
         slots = (torch.arange(len(mask), device=mask.device) + self._position) % self.queue_size
         for kept, new in zip(self._queue, (images, texts, mask)):

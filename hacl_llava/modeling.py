@@ -373,6 +373,8 @@ class HaclMixin:
     def _separate_passes(self, embeds, mask, labels, image_start, prefix):
         """The plain form: LLaVA's own forward, then a pass over ``[BOS, image, EOS]`` (without BOS if so set)."""
         loss_lm = super().forward(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).loss
+        # Of no label at all, as in a batch of masked rows, LLaVA's mean is NaN.
+        loss_lm = loss_lm.where((labels[:, 1:] != IGNORE_INDEX).any(), torch.zeros_like(loss_lm))
         first = torch.zeros_like(image_start) if self.hacl_config.visual_bos else image_start
         return loss_lm, self._visual_pass(embeds, first, prefix)
 
@@ -415,11 +417,14 @@ class HaclMixin:
         if len(text_features) > B:
             h_features = text_features[B:].view(B, -1, text_features.shape[-1])
             h_mask = hallucinated_lengths > 0
+        own = (loss_lm, features, text_features)  # before those of other ranks join
+        self.hacl_own_finite = torch.stack([torch.isfinite(x.detach()).all() for x in own]).all()
         result = self.hacl_loss(features, text_features[:B], h_features, h_mask, counts, temperature)
         with torch.no_grad():
             sums = (loss_lm, result["loss_i2t"], result["loss_t2i"], temperature)
             sums += tuple(result[k] for k in ("retrieval_correct", "retrieval_total", "closer_to_true", "closer_total"))
             sums = torch.stack([s.detach().double() for s in (*sums, torch.ones_like(loss_lm))])
+            sums = sums.where(torch.isfinite(sums).all(), torch.zeros_like(sums))  # or the means would never recover
             self._hacl_sums = sums if self._hacl_sums is None else self._hacl_sums + sums
         return result["loss"]
 
@@ -447,6 +452,8 @@ class HaclMixin:
         lm, i2t, t2i, temperature, right, of, closer, closer_of, steps = sums.tolist()
         if reset:
             self.reset_hacl_metrics()
+        if not steps:  # none was finite
+            return {}
         figures = {
             "loss_lm": lm / steps,
             "loss_i2t": i2t / steps,

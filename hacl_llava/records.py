@@ -18,6 +18,8 @@ FORMAT = (
     'a LLaVA record: {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}'
 )
 _CHUNK = 1 << 20  # characters read at a time
+_MOST_PIXELS = 178_956_970  # where Pillow refuses an image as a decompression bomb
+_CROP = 336  # pixels; about the input of a vision tower
 _LONGEST = 1 << 26  # characters: a record that goes on for longer is a quote that was never closed
 
 
@@ -34,6 +36,34 @@ def name_of(path, index, record):
 def unreadable(error):
     """Why an image cannot be opened, in words, from what Pillow or the disk raised."""
     return getattr(error, "strerror", None) or "not an image that Pillow reads, or a damaged one"
+
+
+def image_path(folder, image):
+    """Where a record's image lies: ``image`` below ``folder``.
+
+    Raises:
+        DataError: it leads outside, by ``..`` or as an absolute path; links are not followed here.
+    """
+    path = os.path.join(folder or "", image)
+    if ".." in image or os.path.isabs(image):
+        root = os.path.join(os.path.abspath(folder or ""), "")
+        if not os.path.abspath(path).startswith(root):
+            raise DataError(f"has the image {image!r}, which leads outside --image_folder {folder or '.'}")
+    return path
+
+
+def size_problem(width, height, pad):
+    """Why an image of so many pixels cannot be prepared as LLaVA does it, or None.
+
+    Before it is cut, it is scaled until its shorter side suits the vision tower, or with ``pad`` made a square of its
+    longer side: of an image of 30,000 x 1 pixels that makes millions or billions, though the file is small.
+    """
+    long, short = max(width, height), max(min(width, height), 1)
+    taken = long**2 if pad else _CROP**2 * long // short
+    if taken <= _MOST_PIXELS:
+        return None
+    how = "padded to a square" if pad else f"scaled to {_CROP} on its shorter side"
+    return f"of {width} x {height}, which is {taken:,} pixels when {how}"
 
 
 def hallucinated_captions(record):
@@ -87,7 +117,7 @@ def problem_of(record, plain):
             return f"has the image {record['image']!r}, expected a path relative to --image_folder"
         if plain and "<image>" not in turns[0]["value"]:
             return "has an image but no <image> in its question"
-    elif has_token:
+    elif has_token and plain:
         return "has <image> in its question but no 'image'"
     try:
         hallucinated_captions(record)
@@ -108,9 +138,7 @@ def stream_records(path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"{path}: is no regular file; it is read more than once, so save it first.")
     try:
-        with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with (gzip.open if _packed(path) else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from _stream(path, file)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8.") from None
@@ -118,6 +146,25 @@ def stream_records(path):
         raise DataError(f"{path}: the gzip file is damaged or cut off ({error}).") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); give a LLaVA-format json.") from None
+
+
+def list_records(path):
+    """All records of a file that `stream_records` reads, as a list.
+
+    Raises:
+        DataError: as there, and for a file that holds one object which is no record.
+    """
+    records = [record for _, record in stream_records(path)]
+    if len(records) == 1 and isinstance(records[0], dict) and "conversations" not in records[0]:
+        with (gzip.open if _packed(path) else open)(path, "rb") as file:
+            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+                raise DataError(f"{path}: holds a dict, expected a list of LLaVA records, or one a line.")
+    return records
+
+
+def _packed(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def _stream(path, file):
@@ -142,7 +189,7 @@ def _stream(path, file):
             done = not text
         if at == len(text):
             if array:
-                raise DataError(f"{path}: ends after record {count - 1}, without a ']': it looks cut off.")
+                raise DataError(f"{path}: ends after record {count - 1}, without a ']': it looks truncated, cut off.")
             break
         if array and text[at] == "]":
             rest = text[at + 1 :] + file.read(_CHUNK)
@@ -162,7 +209,7 @@ def _stream(path, file):
             except json.JSONDecodeError as error:
                 unfinished = error.pos >= len(text) - 16 or "Unterminated" in error.msg
                 if done or not unfinished or len(text) - at > _LONGEST:
-                    where = " It looks cut off there." if done and unfinished else ""
+                    where = " It looks truncated, cut off there." if done and unfinished else ""
                     raise DataError(
                         f"{path}: record {count} is not valid json ({error.msg}: "
                         f"{text[max(error.pos - 10, at) : error.pos + 20]!r}).{where}"

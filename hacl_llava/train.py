@@ -21,6 +21,7 @@ example (one machine, all its GPUs; scripts/pretrain_7b.sh is the full run):
       --output_dir checkpoints/hacl-7b-pretrain --per_device_train_batch_size 32 \\
       --learning_rate 1e-3 --gradient_checkpointing True
 
+killed or stopped, the same command goes on from the last checkpoint-*.
 every other flag is LLaVA's or the transformers Trainer's own: --help_all lists them all.
 """
 EXAMPLE_2 = """\
@@ -87,7 +88,12 @@ def _show_help(stage):
 
 
 def main(stage=1):
-    """Entry point of stage 1 or 2; a mistake in settings or data ends with one line and exit status 2."""
+    """Entry point of stage 1 or 2.
+
+    Returns:
+        The exit status: 0; 2 after a mistake in settings or data, which ends with one line; 75 when a signal stopped
+        the run and the same command goes on.
+    """
     if {"-h", "--help"} & set(sys.argv[1:]):
         if on_first_rank():
             _show_help(stage)
@@ -98,6 +104,7 @@ def main(stage=1):
         import llava.train.train as llava_train
 
         from .integration import install
+        from .resume import SIGNALS, Stopped
     except ImportError as error:
         if on_first_rank():
             print(f"error: {error}", file=sys.stderr)
@@ -105,16 +112,23 @@ def main(stage=1):
     install(vars(llava_train), use_hacl=stage == 1, stage=stage)
     try:
         llava_train.train()
+        SIGNALS.release()
+    except Stopped as stop:
+        if on_first_rank():
+            print(f"\nstopped: {stop}.", file=sys.stderr)
+        return stop.code  # with signals still caught: a launcher may send another
     except HaclError as error:
         message = str(error)
         if "Original Traceback" in message:  # from a data worker process, of which only the last line is ours
             message = message.strip().splitlines()[-1].removeprefix("hacl_llava.records.DataError: ")
         print(f"\nerror: {message}", file=sys.stderr)
+        SIGNALS.release()
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         print(f"\nerror: {error.filename or 'the output'}: cannot be written ({error.strerror}).", file=sys.stderr)
+        SIGNALS.release()
         return 2
     return 0
 

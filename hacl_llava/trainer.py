@@ -2,23 +2,45 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import __version__
 from .checkpoint import save_tokenizer
-from .compat import LLaVATrainer, savable_generation_config
-from .config import HaclError
-from .modeling import HEAD_FILE, read_head
+from .compat import STATE_FILE, LLaVATrainer, end_in_order, savable_generation_config
+from .config import HaclError, RunSettings, on_first_rank
+from .guard import NonFiniteGuard
+from .modeling import HEAD_FILE, IGNORE_INDEX, read_head
+from .resume import (
+    StopInStep,
+    Stopped,
+    broken,
+    check_room,
+    checkpoints,
+    differences,
+    flush,
+    in_worker,
+    last_whole,
+    load_training_state,
+    ranks_of,
+    save_training_state,
+    say,
+    seal,
+)
 
 UNFINISHED = "unfinished"
+EPOCH_START = "rng_epoch.pt"
 
 
 def save_head(model, folder, write=True):
@@ -46,14 +68,25 @@ class ResumableTrainer(LLaVATrainer):
     """LLaVA's trainer, whose checkpoints appear whole or not at all and from which the same command goes on.
 
     A checkpoint is written to ``output_dir/unfinished`` and renamed to ``checkpoint-N`` when all ranks have written
-    theirs; so whatever interrupts it, the last ``checkpoint-*`` is whole. ``--save_total_limit`` counts those.
+    theirs; so whatever interrupts it, the last ``checkpoint-*`` is whole. ``--save_total_limit`` counts those; others
+    are left alone. Those of stage 1 hold, beside the projector, what `save_training_state` writes.
+
+    After SIGTERM, SIGINT or SIGUSR1 all ranks save after the same step, and `train` raises `resume.Stopped`.
     """
 
     _writing = False
+    _resumes = None
+    _epoch_start = None  # torch's random state when an epoch began: LLaVA's sampler by lengths draws its order from it
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         savable_generation_config(self.model)
+        self._stop = StopInStep()
+        self.add_callback(self._stop)
+        self.add_callback(_EpochStart(self))
+        settings = getattr(self.args, "hacl_run", None) or RunSettings()
+        self.guard = NonFiniteGuard(settings.nonfinite, self.args.output_dir, self.args.fp16, self._name_record)
+        self.args.logging_nan_inf_filter = False  # the guard's work, for which the host need not wait in each step
         if is_deepspeed_zero3_enabled():
             # LLaVA makes the projector, and peft its adapters, in float32; ZeRO-3 shards one dtype, and keeps float32
             # copies of its own.
@@ -61,6 +94,122 @@ class ResumableTrainer(LLaVATrainer):
             for p in self.model.parameters():
                 if p.requires_grad and p.dtype != dtype:
                     p.data = p.data.to(dtype)
+
+    def _name_record(self, index):
+        record = getattr(self.train_dataset, "list_data_dict", {index: {}})[index]
+        number = getattr(self.train_dataset, "numbers", {index: index})[index]  # in the file
+        return {"index": number, **{key: record[key] for key in ("id", "image") if key in record}}
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.guard.watch(self.model.parameters())
+        self.guard.begin(self.state.global_step + 1, inputs.pop("record_indices", None))
+        return self.guard.end(super().training_step(model, inputs, *args, **kwargs))
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        found = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if getattr(self.model, "hacl_head", None) is None and "labels" in inputs:
+            # The mean over no label at all, as of a batch of masked rows, is NaN in LLaVA.
+            loss = found[0] if return_outputs else found
+            loss = loss.where((inputs["labels"][:, 1:] != IGNORE_INDEX).any(), torch.zeros_like(loss))
+            found = (loss, *found[1:]) if return_outputs else loss
+        self.guard.see(found[0] if return_outputs else found, getattr(self.model, "hacl_own_finite", None))
+        return found
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs or "train_loss" in logs:  # on all ranks
+            self.guard.read()
+        if "loss" in logs:
+            lost, seen = self.guard.take_counts()
+            if lost:  # they count as 0 in the Trainer's mean, which is of all
+                logs["loss"] = round(logs["loss"] * seen / (seen - lost), 4) if lost < seen else float("nan")
+            if self.guard.found:
+                logs["nonfinite"] = self.guard.found
+        return super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole(self.args.output_dir, self.is_local_process_zero())
+        self._check_before(resume_from_checkpoint)
+        self._resumes = resume_from_checkpoint
+        if resume_from_checkpoint and on_first_rank():
+            print(f"resuming from {resume_from_checkpoint}", flush=True)
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._stop.close()
+        if self._stop.stopped and self.state.global_step < self.state.max_steps:
+            end_in_order()
+            step = self.state.global_step
+            raise Stopped(
+                f"{self._stop.stopped} after step {step}: saved {Path(self.args.output_dir) / f'checkpoint-{step}'}; "
+                "the same command goes on from there"
+            )
+        return result
+
+    def _stage1(self):
+        return getattr(self.args, "tune_mm_mlp_adapter", False)
+
+    def _check_before(self, resumes):
+        """What could fail after the last step fails now: the projector's names, what is written, the room for it."""
+        named = list(self.model.named_parameters())
+        if self._stage1() and not any("mm_projector" in n and p.requires_grad for n, p in named):
+            raise HaclError("--tune_mm_mlp_adapter True, but no mm_projector is trained: give --vision_tower.")
+        if self._stage1() and self.is_fsdp_enabled:
+            raise HaclError("stage 1 under FSDP cannot be saved; give --deepspeed zero_configs/zero2.json instead.")
+        with self._unfinished(self.args.output_dir) as part:
+            if self._moves():
+                part.mkdir(parents=True)
+                self._rehearse(part)
+                shutil.rmtree(part)
+        if not self._moves():
+            return
+        size = {n: getattr(p, "ds_numel", p.numel()) for n, p in named}
+        trained = sum(size[n] for n, p in named if p.requires_grad)
+        if self._stage1() or getattr(self.args, "lora_enable", False):
+            checkpoint, final = 16 * trained, 4 * trained
+        else:
+            final = sum(size[n] * p.element_size() for n, p in named)
+            checkpoint = 2 * final + 12 * trained if self.is_deepspeed_enabled else 3 * final
+        if hacl := getattr(self.model, "hacl_config", None):
+            width = hacl.head_dim if hacl.head_dim > 0 else self.model.config.hidden_size
+            checkpoint += 8 * hacl.queue_size * width
+        done = int(Path(resumes).name.rsplit("-", 1)[1]) if resumes else 0
+        check_room(self.args.output_dir, checkpoint, final, self._saves_left(done), self.args.save_total_limit)
+
+    def _rehearse(self, part):
+        try:
+            self.model.config.save_pretrained(part)
+            if self.model.generation_config is not None:
+                self.model.generation_config.save_pretrained(part)
+            tokenizer = getattr(self, "processing_class", None) or getattr(self, "tokenizer", None)
+            if tokenizer is not None and not self._stage1():
+                tokenizer.save_pretrained(part)
+        except (ValueError, TypeError) as error:  # what the system refuses is `_unfinished`'s
+            raise HaclError(
+                f"the model's settings or tokenizer could not be saved after the training: {error}"
+            ) from None
+
+    def _saves_left(self, done):
+        args, strategy = self.args, getattr(self.args.save_strategy, "value", self.args.save_strategy)
+        steps = (
+            args.max_steps if args.max_steps > 0 else len(self.train_dataset) * args.num_train_epochs / self._batch()
+        )
+        if strategy == "no":
+            return 1  # when a signal comes
+        if strategy == "epoch":
+            return math.ceil((steps - done) * self._batch() / len(self.train_dataset))
+        every = args.save_steps if args.save_steps >= 1 else max(math.ceil(args.save_steps * steps), 1)
+        return max(math.ceil((steps - done) / every), 1)
+
+    def _batch(self):
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        for own in (loader, getattr(loader, "base_dataloader", None)):  # accelerate's, and the one in it
+            if getattr(own, "num_workers", 0):
+                own.worker_init_fn = partial(in_worker, own.worker_init_fn)
+        return loader
 
     def _get_output_dir(self, trial=None):
         folder = super()._get_output_dir(trial)
@@ -94,6 +243,7 @@ class ResumableTrainer(LLaVATrainer):
             self._writing = False
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
+        self.guard.read()  # nothing is saved that was not looked at
         folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         with self._unfinished(folder) as part:
@@ -101,13 +251,16 @@ class ResumableTrainer(LLaVATrainer):
             super()._save_checkpoint(model, trial, *args, **kwargs)
             self._save_beside(part / name)
             _wait()
+            if self._moves():
+                seal(part / name)
         if self._moves():
             # What goes is renamed first too: a kill while it is removed must not leave a half of it.
             if (folder / name).exists():
                 os.replace(folder / name, part / "replaced")
             os.replace(part / name, folder / name)
-            numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-            for _, old in sorted(numbered)[: -(self.args.save_total_limit or len(numbered))]:
+            flush(folder)
+            whole = [p for p in checkpoints(folder) if not broken(p)]
+            for old in whole[: -(self.args.save_total_limit or len(whole))]:
                 os.replace(old, part / old.name)
             shutil.rmtree(part, ignore_errors=True)
         _wait()
@@ -123,8 +276,64 @@ class ResumableTrainer(LLaVATrainer):
         # DeepSpeed keeps all that trains; without it, what trains beside a LoRA would be lost on resuming.
         if getattr(self.args, "lora_enable", False) and not self.is_deepspeed_enabled and self.args.should_save:
             torch.save(_trained_beside_lora(self.model), folder / "non_lora_trainables.bin")
+        if self._stage1():
+            self.store_flos()
+            folder.mkdir(parents=True, exist_ok=True)  # by whichever rank is here first
+            path, write = folder / STATE_FILE, self.args.should_save
+            save_training_state(path, self.model, self.optimizer, self._settings(), self._scaler_state(), write)
+            self._save_rng_state(str(folder))
+            if write:
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _settings(self):
+        hacl = getattr(self.model, "hacl_config", None)
+        return {
+            "ranks": self.args.world_size,
+            "global_batch": self._batch(),
+            "records": len(self.train_dataset),
+            "seed": self.args.seed,
+            "hacl": hacl and hacl.to_dict(),
+        }
+
+    def _scaler_state(self):
+        if self.accelerator.scaler is not None:
+            return self.accelerator.scaler.state_dict()
+        kept = vars(getattr(self.optimizer.optimizer, "loss_scaler", object)) if self.args.fp16 else {}
+        return {k: v for k, v in kept.items() if isinstance(v, (bool, int, float))}
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not (Path(checkpoint) / STATE_FILE).exists():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        settings, scaler = load_training_state(Path(checkpoint) / STATE_FILE, self.model, self.optimizer)
+        say(*differences(settings, self._settings()))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+            group["lr"] = rate
+        if self.accelerator.scaler is not None and "scale" in scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+        elif scaler and hasattr(self.optimizer.optimizer, "loss_scaler"):
+            own = vars(self.optimizer.optimizer.loss_scaler)
+            own.update({k: v for k, v in scaler.items() if k in own})
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self.args.should_save and self._epoch_start is not None:
+            torch.save(self._epoch_start, Path(output_dir) / EPOCH_START)
+
+    def _load_rng_state(self, checkpoint):
+        # At the start of an epoch, or once its order is drawn, but never between.
+        drawn = self._epoch_start is not None and not torch.equal(self._epoch_start, torch.get_rng_state())
+        if checkpoint is not None and ranks_of(checkpoint) in (None, self.args.world_size):
+            super()._load_rng_state(checkpoint)
+        if not drawn:
+            self._epoch_start = torch.get_rng_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if (Path(resume_from_checkpoint) / STATE_FILE).exists():
+            return  # with the optimizer, once it is made
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         beside = Path(resume_from_checkpoint) / "non_lora_trainables.bin"
         if beside.exists():
@@ -158,6 +367,20 @@ class ResumableTrainer(LLaVATrainer):
                 os.replace(file, folder / file.name)
             part.rmdir()
         _wait()
+
+
+class _EpochStart(TrainerCallback):
+    """A resumed epoch starts with the random state with which it first started, so that its order is the same."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        kept = Path(self.trainer._resumes or "") / EPOCH_START
+        if self.trainer._resumes and kept.exists():
+            torch.set_rng_state(torch.load(kept, weights_only=True))
+        self.trainer._resumes = None
+        self.trainer._epoch_start = torch.get_rng_state()
 
 
 def _wait():
@@ -221,9 +444,17 @@ class HaclTrainer(ResumableTrainer):
         if checkpoint is None:
             return
         queue = Path(checkpoint) / self._queue_file()
-        if queue.exists():
-            state = torch.load(queue, map_location=self.args.device, weights_only=True)
+        if not self.model.hacl_config.queue_size:
+            return
+        try:
+            state = torch.load(
+                queue, map_location="cpu", weights_only=True
+            )  # torch knows no "cpu:0", DeepSpeed's device
+            state = {k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in state.items()}
             self.model.hacl_loss.load_queue_state(state)
+        except (FileNotFoundError, ValueError) as error:
+            why = f"{queue} is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
+            print(f"warning: the queue of rank {self.args.process_index} starts empty ({why}).", file=sys.stderr)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

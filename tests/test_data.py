@@ -10,11 +10,11 @@ from conftest import batch_of, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hacl_llava import check
 from hacl_llava.data import (
     DataError,
     HaclCollator,
     HaclDataset,
-    check_records,
     hallucinated_captions,
     read_records,
     tokenize_caption,
@@ -164,7 +164,7 @@ def broken(tmp_path, text):
         ('{"a": 1}', "holds a dict, expected a list"),
         ("[]", "holds no records"),
         ('[{"id": "1", "conversations": [{"fr', "truncated"),
-        ('[{"id": 1,}]', "not valid json at line 1, column 11"),
+        ('[{"id": 1,}]', "record 0 is not valid json"),
         (b"[\xff\xfe]", "not UTF-8"),
     ],
 )
@@ -179,6 +179,13 @@ def test_missing_json_is_named_and_bom_is_read(tmp_path):
     with pytest.raises(DataError, match="nowhere.json: cannot be read .No such file"):
         read_records(str(tmp_path / "nowhere.json"))
     assert read_records(broken(tmp_path, b'\xef\xbb\xbf[{"id": 1}]')) == [{"id": 1}]
+
+
+def check_records(path, records, image_folder, plain):
+    """As a run's start does it."""
+    found = check.find(records, image_folder, plain)
+    if errors := [f for f in found if f.severity == "error"]:
+        raise check.refusal(path, records, errors)
 
 
 def turns(question="<image>\nWhat?", answer="a ring"):
@@ -220,7 +227,7 @@ def test_image_token_without_image_and_things_that_are_fine(mini, records):
         check_records("d", ["x"], str(mini.images), plain=True)
     fine = [{"id": 1, "conversations": turns("Hello", "Hi.")}, {**records[0], "hallucinated_captions": None}]
     check_records("d", fine, str(mini.images), plain=True)
-    check_records("d", [{**records[0], "conversations": turns() * 2}], str(mini.images), plain=False)
+    check_records("d", [{**records[0], "conversations": turns() + turns("And?")}], str(mini.images), plain=False)
 
 
 def test_image_that_cannot_be_read_is_named(mini, setup, records, tmp_path):
@@ -231,5 +238,7 @@ def test_image_that_cannot_be_read_is_named(mini, setup, records, tmp_path):
     rows[0]["image"], rows[1]["image"] = "cut.png", "text.png"
     data = dataset(mini, setup, rows, tmp_path)
     for i, file in enumerate(("cut.png", "text.png")):
-        with pytest.raises(DataError, match=f"record {i} .id 'train-00000000{i}'., image {file}: cannot be used"):
+        with pytest.raises(
+            DataError, match=f"record {i} .id 'train-00000000{i}'., image {file}: cannot be used .*Repair"
+        ):
             data[i]

@@ -84,6 +84,7 @@ def test_ranks_stay_in_step_on_mixed_records(mini, tmp_path, records):
     assert (tmp_path / "out/mm_projector.bin").exists()
 
 
+@pytest.mark.once
 def test_script_of_the_real_run_as_it_is(mini, tmp_path):
     """scripts/pretrain_7b.sh with the miniature's paths; on a CPU without tf32."""
     env = {
@@ -113,6 +114,7 @@ def test_script_for_several_nodes(tmp_path):
     assert out.rstrip().endswith("--per_device_train_batch_size 16 --hacl_negatives batch")
 
 
+@pytest.mark.once
 def test_demo(tmp_path):
     cli = Path(sys.executable).parent / "hacl-llava"
     done = run(sys.executable, cli, "demo", "--output", tmp_path, "--images", 64, "--epochs", 1, "--processes", 2)

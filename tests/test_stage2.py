@@ -136,6 +136,7 @@ def _model_file(folder):
                 if (folder / n).exists())  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_full_disk_while_saving(mini, tmp_path, mode):
@@ -268,6 +269,7 @@ def test_qlora(mini, tmp_path):
     assert load_pretrained(output, mini.llm, device="cpu").model.dtype == torch.float32
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 def test_script_of_the_real_run_as_it_is(mini, stage1, tmp_path):
     """scripts/finetune_7b.sh with the miniature's paths; on a CPU without tf32."""
@@ -283,6 +285,7 @@ def test_script_of_the_real_run_as_it_is(mini, stage1, tmp_path):
     assert done.returncode == 2 and "allowed are full, offload, lora, qlora" in done.stderr
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 def test_wrong_settings_end_with_one_line(mini, tmp_path):
     def refused(match, projector, *more):

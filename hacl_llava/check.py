@@ -1,0 +1,674 @@
+"""Whether data can be trained on: ``hacl-llava check-data``, and the same before a run starts. Floor 3.
+
+A finding is an error where stock LLaVA would end the run, or spoil other records of the batch; it is a warning where
+the record is trained on, but most likely not as it was meant.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+import unicodedata
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+from . import __version__
+from .config import HaclError, on_first_rank
+from .records import (
+    HALLUCINATED_KEYS,
+    KINDS_KEY,
+    DataError,
+    caption_of,
+    hallucinated_captions,
+    image_path,
+    list_records,
+    name_of,
+    problem_of,
+    size_problem,
+    stream_records,
+    write_records,
+)
+
+REMEDIES = {
+    # errors
+    "form": "bring the record into LLaVA's form, or remove it",
+    "template": "give it the turns that the template takes, or train it with another --version",
+    "placeholder": "leave one <image>, in the first question",
+    "unicode": "rewrite the text: half of a surrogate pair is no character, and tokenizers refuse it",
+    "nothing": "remove the record",
+    "path": "give paths below --image_folder (to link a whole folder into it is fine)",
+    "missing": "add the image, correct its name, or remove the record",
+    "unreadable": "replace the image by a whole one, or remove the record",
+    "size": "scale or cut the image",
+    "preprocess": "look at the record with the message of LLaVA's code",
+    # warnings
+    "id": "give each record an id of its own; training does not need them, messages do",
+    "ignored image": "put <image> into the first question",
+    "literal token": "take it out, or write it in another way",
+    "characters": "take them out",
+    "empty": "write a caption, or remove the record",
+    "hallucinated": "remove that hallucinated caption, or make it again (hacl-llava hallucinate --replace)",
+    "kinds": "give one kind for each hallucinated caption, in the same order",
+    "long": "shorten it, or raise --model_max_length",
+    "masked": "repair the conversation: as it is, nothing is learnt from it",
+    "appearance": "convert the image as it is meant to look (RGB, 8 bits, turned upright)",
+}
+ERRORS = tuple(REMEDIES)[:10]
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ODD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+_SPECIAL = re.compile(r"</?s>|<unk>")
+
+
+class Finding(NamedTuple):
+    """What is wrong with a record: ``text`` goes on from its name; ``kind`` is a key of `REMEDIES`."""
+
+    index: int
+    kind: str
+    text: str
+
+    @property
+    def severity(self):
+        return "error" if self.kind in ERRORS else "warning"
+
+
+# --- one record -------------------------------------------------------------------------------------------------------
+
+
+def text_findings(record, plain, max_length=None):
+    """(kind, text) of what is wrong with a record by itself, errors first; no file is opened.
+
+    Args:
+        plain: it has to suit LLaVA's stage-1 template; else a template of conversations.
+        max_length: tokens of the context, if known; there are no fewer tokens than words.
+    """
+    if problem := problem_of(record, plain):
+        return [("form", problem)]
+    turns, with_image = record["conversations"], "image" in record
+    values, caption, hallucinated = [t["value"] for t in turns], caption_of(record), hallucinated_captions(record)
+    texts = values + hallucinated
+    joined = "\n".join(texts)
+    found = []
+    if "<image>" in joined or with_image:
+        found += _placeholder_findings(turns, with_image, plain, hallucinated)
+    if not plain:
+        roles = [t["from"] for t in turns]
+        roles = roles[roles[0] == "gpt" :]  # LLaVA passes over an answer that comes first
+        if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2):
+            found.append(("template", "has turns out of order: question and answer must alternate"))
+        elif len(roles) % 2 or not roles:
+            found.append(("masked", "does not end with an answer: LLaVA masks the whole conversation"))
+    if not joined.isascii() and _SURROGATE.search(joined):
+        found.append(("unicode", f"has half of a surrogate pair in {_around(_SURROGATE, texts)}"))
+    if not with_image and not any(v.split() for v in values):
+        found.append(("nothing", "has no image and no text"))
+    elif plain and not caption:
+        found.append(("empty", "has an empty answer: nothing is learnt from it"))
+    elif not plain and any(t["from"] == "gpt" and not t["value"] for t in turns):
+        found.append(("masked", "has an empty answer: LLaVA masks the whole conversation"))
+    if "<" in joined and _SPECIAL.search(joined):
+        special = _around(_SPECIAL, texts)
+        if not plain and any("</s>" in v for v in values):
+            found.append(("masked", f"has {special}: LLaVA takes </s> for an answer's end and masks all of it"))
+        else:
+            found.append(("literal token", f"has {special}, which tokenizers take for a special token"))
+    if not plain and any(" ASSISTANT: " in v for v in values):
+        found.append(("masked", "has ' ASSISTANT: ' in a turn: LLaVA takes it for a turn's end and masks all of it"))
+    if not joined.isprintable() and _ODD.search(joined):
+        names = sorted({f"U+{ord(c):04X}" for c in _ODD.findall(joined)})
+        found.append(("characters", f"has characters that nobody sees ({', '.join(names[:5])})"))
+    if hallucinated:
+        seen = [_same(h) for h in hallucinated]
+        if caption and _same(caption) in seen:
+            found.append(
+                ("hallucinated", "has its own caption among the hallucinated ones: the loss contradicts itself")
+            )
+        if len(set(seen)) < len(seen):
+            found.append(("hallucinated", "has the same hallucinated caption twice"))
+    if (kinds := record.get(KINDS_KEY)) is not None:
+        given = next((record[k] for k in HALLUCINATED_KEYS if record.get(k) is not None), [])
+        given = [given] if isinstance(given, str) else given
+        if not isinstance(kinds, list) or len(kinds) != len(given):
+            number = len(kinds) if isinstance(kinds, list) else repr(kinds)[:20]
+            found.append(("kinds", f"has {number} {KINDS_KEY!r} for {len(given)} hallucinated captions"))
+    if max_length and len(joined) > max_length:  # a word is two characters or more, with its space
+        words = max(len(v.split()) for v in ([" ".join(values)] if not plain else texts))
+        if words > max_length:
+            found.append(("long", f"has {words} words and a context of {max_length} tokens: it is cut"))
+    return sorted(found, key=lambda f: f[0] not in ERRORS)
+
+
+def _placeholder_findings(turns, with_image, plain, hallucinated):
+    holding = [t["from"] for t in turns if "<image>" in t["value"]]
+    found = []
+    if with_image and "gpt" in holding and (plain or len(holding) > 1):
+        found.append(("placeholder", "has <image> in an answer: LLaVA would take it for a second image"))
+    elif with_image and len(holding) > 1:
+        found.append(("placeholder", f"has <image> in {len(holding)} turns and one image"))
+    elif with_image and holding == ["gpt"]:
+        found.append(("ignored image", "has its <image> in an answer, not in a question"))
+    elif with_image and not holding:
+        found.append(("ignored image", "has an image but no <image> in its questions: it is trained as text"))
+    elif with_image and any(t["value"].count("<image>") > 1 for t in turns):
+        found.append(("literal token", "has <image> more than once in a turn, which LLaVA takes for one"))
+    elif not with_image and holding:
+        found.append(("literal token", "has <image> but no 'image': it is trained as text"))
+    if any("<image>" in h for h in hallucinated):
+        found.append(("literal token", "has <image> in a hallucinated caption, where it is text"))
+    return found
+
+
+def _around(pattern, texts):
+    text, match = next((t, m) for t in texts if (m := pattern.search(t)))
+    return repr(text[max(match.start() - 15, 0) : match.end() + 15])
+
+
+def _same(text):
+    return " ".join(text.casefold().split()).rstrip(".")
+
+
+def _shown(path):
+    return path if path.isprintable() else repr(path)
+
+
+class Folders:
+    """Which files are there, by listing each folder once.
+
+    Args:
+        root: the image folder.
+    """
+
+    def __init__(self, root):
+        self.root = root or ""
+        self._real = functools.lru_cache(maxsize=None)(lambda folder: os.path.join(os.path.realpath(folder), ""))
+        self._listed, self._stems = {}, {}
+
+    def _list(self, folder):
+        if folder not in self._listed:
+            try:
+                with os.scandir(folder or ".") as entries:
+                    # From the listing itself: nothing is asked of the disk for each file.
+                    self._listed[folder] = {
+                        e.name: "link" if e.is_symlink() else "folder" if e.is_dir() else "file" for e in entries
+                    }
+            except (OSError, ValueError) as error:  # a name with a NUL
+                self._listed[folder] = error
+        return self._listed[folder]
+
+    def finding(self, image):
+        """(kind, text) if the image is not there, or leads outside; else None."""
+        try:
+            path = image_path(self.root, image)
+        except DataError as error:
+            return "path", str(error)
+        folder, name = os.path.split(path)
+        listed = self._list(folder)
+        if isinstance(listed, PermissionError):
+            return "unreadable", f"has the image {_shown(path)}, whose folder cannot be read ({listed.strerror})"
+        kind = None if isinstance(listed, Exception) else listed.get(name)
+        if kind == "link":
+            kind = "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
+            real = os.path.realpath(path)
+            if kind and not real.startswith((self._real(self.root), self._real(folder))):
+                return "path", f"has the image {_shown(path)}, a link that leads outside the image folder"
+        if kind == "folder":
+            return "missing", f"has the image {_shown(path)}, which is a folder"
+        return (
+            None
+            if kind
+            else ("missing", f"has the image {_shown(path)}, which does not exist{self._hint(folder, name)}")
+        )
+
+    def _hint(self, folder, name):
+        listed = self._listed[folder]
+        if isinstance(listed, Exception):
+            return f" (nor does its folder: --image_folder is {self.root or '.'})"
+        if folder not in self._stems:
+            self._stems[folder] = {_stem(n): n for n in listed}
+        other = self._stems[folder].get(_stem(name))
+        return f"; {other!r} does" if other else ""
+
+
+def _stem(name):
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0]).casefold()
+
+
+def image_findings(path, pad):
+    """(kind, text) of what is wrong with an image file, which is opened and decoded as LLaVA does it.
+
+    Args:
+        path: of the file. pad: ``--image_aspect_ratio pad``, which makes a square of the longer side.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    def error(kind, text):
+        return [(kind, f"has the image {_shown(path)}, {text}")]
+
+    found = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                width, height = image.size
+                long, short = max(width, height), min(width, height)
+                if problem := size_problem(width, height, pad):
+                    return error("size", problem)
+                high = long if pad else height
+                if high == 1:  # an array of 1 x W x 3 is taken for one channel
+                    return error("size", f"of {width} x {height}, which transformers before 5 cannot read")
+                if high == 3:
+                    found += error("appearance", f"of {width} x {height}, which transformers before 5 misread")
+                if long > 20 * short:
+                    found += error("appearance", f"of {width} x {height}, of which little is left in a square")
+                if getattr(image, "is_animated", False):
+                    found += error("appearance", "animated: its first frame is taken")
+                if image.getexif().get(0x0112, 1) not in (0, 1):
+                    found += error("appearance", "which its EXIF data turns; LLaVA takes it as it is stored")
+                if image.mode[0] in "IF":
+                    found += error("appearance", f"with more than 8 bits (mode {image.mode}): it becomes nearly white")
+                if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+                    if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                        found += error("appearance", "partly transparent: what it hides is shown")
+                image.convert("RGB")
+    except Image.DecompressionBombError as problem:
+        return error("size", f"too large to be opened ({problem})")
+    except UnidentifiedImageError:
+        empty = not os.path.getsize(path)
+        return error("unreadable", "which is empty" if empty else "which is not an image that Pillow reads")
+    except MemoryError:
+        return error("size", "for which the memory does not suffice")
+    except Exception as problem:  # Pillow's readers raise almost anything on damaged files
+        return error("unreadable", f"which cannot be read ({getattr(problem, 'strerror', None) or problem})")
+    return found
+
+
+class TokenCheck:
+    """LLaVA's own preprocessing of a record, by which is seen what it masks or cannot do.
+
+    Args:
+        name: folder or hub id of the language model. version: of the template. max_length: tokens of the context.
+
+    Raises:
+        HaclError: the tokenizer cannot be loaded.
+    """
+
+    def __init__(self, name, version, max_length):
+        from . import compat  # noqa: F401  (before llava)
+
+        # isort: split
+        import llava.train.train as stock
+        import transformers
+
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                name, model_max_length=max_length, padding_side="right", use_fast=False
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise HaclError(f"--tokenizer {name}: cannot be loaded ({reason}); give the language model.") from None
+        self.tokenizer.pad_token = self.tokenizer.unk_token
+        templates = stock.conversation_lib.conv_templates
+        self.stock, self.template = stock, templates.get(version, templates["vicuna_v1"])
+        self.plain, self.max_length = version == "plain", max_length
+        self.arguments = argparse.Namespace(is_multimodal=True, mm_use_im_start_end=False)
+
+    def __call__(self, record):
+        """(kind, text) of what is wrong with it."""
+        library, with_image = self.stock.conversation_lib, "image" in record
+        before, library.default_conversation = library.default_conversation, self.template
+        source, printed, found = [[dict(turn) for turn in record["conversations"]]], io.StringIO(), []
+        try:
+            if self.plain and not with_image:  # LLaVA cannot; the guarded dataset trains the answer alone
+                return found
+            with contextlib.redirect_stdout(printed):
+                if with_image:
+                    source = self.stock.preprocess_multimodal(source, self.arguments)
+                item = self.stock.preprocess(source, self.tokenizer, has_image=with_image)
+            if (item["labels"][0] == self.stock.IGNORE_INDEX).all():
+                said = re.search("tokenization mismatch: [^(]*", printed.getvalue())
+                found.append(
+                    ("masked", f"is masked whole by LLaVA ({said.group().rstrip(' .') if said else 'no labels'})")
+                )
+            texts = hallucinated_captions(record) if self.plain else []
+            longest = max([len(item["input_ids"][0]), *(len(self.tokenizer(t).input_ids) + 1 for t in texts)])
+            if longest > self.max_length:
+                found.append(("long", f"has {longest} tokens and a context of {self.max_length}: it is cut"))
+        except Exception as error:
+            found.append(("preprocess", f"cannot be prepared ({type(error).__name__}: {error})"))
+        finally:
+            library.default_conversation = before
+        return found
+
+
+# --- a whole file -----------------------------------------------------------------------------------------------------
+
+
+def find(
+    records,
+    image_folder,
+    plain,
+    max_length=None,
+    full=False,
+    pad=False,
+    workers=1,
+    tokenizer=None,
+    ids=False,
+    progress=False,
+):
+    """All findings of a list of records, by their order there.
+
+    Args:
+        records: as `records.stream_records` reads them. image_folder: what their images are relative to.
+        plain, max_length: as in `text_findings`. full: open every image, on ``workers`` processes. pad: as in
+            `image_findings`. tokenizer: (name, version, max_length) for `TokenCheck`, or None. ids: look for duplicate
+            ids too. progress: show bars on stderr.
+
+    Returns:
+        A list of `Finding`.
+
+    Raises:
+        HaclError: the tokenizer cannot be loaded, or a worker process was killed.
+    """
+    found, folders, users, known = [], Folders(image_folder), collections.defaultdict(list), {}
+    for index, record in enumerate(_bar(records, "records", progress)):
+        found += [Finding(index, *f) for f in text_findings(record, plain, max_length)]
+        if found and found[-1].index == index and found[-1].kind == "form":
+            continue
+        if "image" in record:
+            if finding := folders.finding(record["image"]):
+                found.append(Finding(index, *finding))
+            elif full:
+                users[image_path(image_folder, record["image"])].append(index)
+        if ids and "id" in record:
+            first = known.setdefault(repr(record["id"]), index)
+            if first != index:
+                found.append(Finding(index, "id", f"has the id of record {first}"))
+    paths = list(users)
+    for path, findings in zip(
+        paths, _each(functools.partial(image_findings, pad=pad), paths, workers, "images", progress)
+    ):
+        found += [Finding(index, *f) for f in findings for index in users[path]]
+    if tokenizer is not None:
+        TokenCheck(*tokenizer)  # refused here, if it is
+        bad = {f.index for f in found if f.severity == "error"}
+        good = [i for i in range(len(records)) if i not in bad]
+        masked = {f.index for f in found if f.kind == "masked"}
+        results = _each(
+            functools.partial(_token_findings, tokenizer), [records[i] for i in good], workers, "tokens", progress
+        )
+        for index, findings in zip(good, results):
+            found += [Finding(index, *f) for f in findings if not (f[0] == "masked" and index in masked)]
+    return sorted(found, key=lambda f: (f.index, f.kind not in ERRORS))
+
+
+@functools.lru_cache(maxsize=1)
+def _token_check(settings):
+    return TokenCheck(*settings)
+
+
+def _token_findings(settings, record):
+    return _token_check(settings)(record)
+
+
+def _bar(values, label, progress, total=None):
+    from tqdm import tqdm
+
+    return tqdm(values, desc=label, total=total, disable=not progress, file=sys.stderr)
+
+
+_CHUNK = 64
+
+
+def _many(function, values):
+    return [function(value) for value in values]
+
+
+def _each(function, values, workers, label, progress):
+    """``function`` of each value, in order; on several processes where that is worth their start."""
+    if workers == 1 or len(values) < 4 * _CHUNK:
+        yield from map(function, _bar(values, label, progress))
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    bar = _bar(None, label, progress, len(values))
+    try:
+        chunks = [values[i : i + _CHUNK] for i in range(0, len(values), _CHUNK)]
+        for results in pool.map(functools.partial(_many, function), chunks):
+            bar.update(len(results))
+            yield from results
+    except BrokenProcessPool:
+        raise HaclError(
+            f"a process that looked at {label} was killed, by want of memory most likely; give fewer --workers."
+        ) from None
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def cores():
+    """How many processes this one may keep busy."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refusal(path, records, errors):
+    """The `DataError` that names the first of these findings, says how many there are, and what to do."""
+    first, bad = errors[0], len({f.index for f in errors})
+    more = "" if bad == 1 else f" {bad} of {len(records)} records cannot be used."
+    return DataError(
+        f"{name_of(path, first.index, records[first.index])} {first.text}.{more} Repair or remove "
+        f"{'it' if bad == 1 else 'them'} (hacl-llava check-data lists all, and writes the others with --write), or "
+        "train on the others with --hacl_bad_records skip."
+    )
+
+
+# --- before a run -----------------------------------------------------------------------------------------------------
+
+
+def check_run(model, data, training):
+    """What ``--hacl_check_data`` and ``--hacl_bad_records`` say, before anything costly is loaded.
+
+    Every rank calls it. Sets on ``data``, for the dataset: ``hacl_bad_records``, the path of the list, and
+    ``hacl_left_out``, indices of records that are not taken, the same on all ranks. A run that goes on from a
+    checkpoint leaves out what it left out before, so that its order stays; what has gone bad since is masked.
+
+    Raises:
+        DataError: the file cannot be read, or records cannot be used.
+    """
+    from .data import BadRecords, entry_of, read_records
+
+    run, path = data.hacl_run, data.data_path
+    if not path:
+        raise DataError("--data_path is missing: give it a LLaVA-format json.")
+    records, plain = read_records(path), model.version == "plain"
+    output = Path(training.output_dir)
+    listed = BadRecords(output / "bad_records.jsonl", run.max_failed)
+    data.hacl_bad_records, data.hacl_left_out = listed.path, set()
+    goes_on = any(output.glob("checkpoint-*"))
+    problems, refused = {}, None  # problems of records to leave out, by index
+    if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # once a machine
+        if run.check_data != "off":
+            found = find(
+                records,
+                data.image_folder,
+                plain,
+                training.model_max_length,
+                full=run.check_data == "full",
+                pad=data.image_aspect_ratio == "pad",
+                workers=cores(),
+                progress=run.check_data == "full" and on_first_rank(),
+            )
+            errors = [f for f in found if f.severity == "error"]
+            if errors and run.bad_records == "refuse":
+                refused = refusal(path, records, errors)
+            for finding in reversed(errors):
+                problems[finding.index] = finding.text
+            counts = collections.Counter(f.kind for f in found if f.severity == "warning")
+            if counts and on_first_rank():
+                kinds = ", ".join(f"{kind} {n}" for kind, n in counts.most_common())
+                print(f"HACL data: to look at, by hacl-llava check-data, though it is trained on: {kinds}.")
+        if goes_on:
+            before = {e["index"]: e["problem"] for e in listed.read() if e.get("when") == "start"}
+            if new := len(problems.keys() - before.keys()):
+                print(f"HACL data: {new} records have gone bad since the run began; each becomes a masked row.")
+            problems = before
+    problems, end = _of_all_ranks(problems, refused is not None)
+    if refused is not None:
+        raise refused
+    if end:
+        sys.exit(2)  # the one that refuses says why
+    if goes_on or run.bad_records == "skip":
+        if len(problems) == len(records):
+            raise refusal(path, records, [Finding(i, "form", text) for i, text in sorted(problems.items())])
+        data.hacl_left_out = set(problems)
+    if on_first_rank() and not goes_on:
+        listed.replace([entry_of(path, i, records[i], text, "start") for i, text in sorted(problems.items())])
+
+
+def _of_all_ranks(problems, refused):
+    """All ranks' problems, and whether one of them refuses; until then, no rank loads anything."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return problems, refused
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (problems, refused))
+    return {i: text for found, _ in reversed(everyone) for i, text in found.items()}, any(r for _, r in everyone)
+
+
+# --- hacl-llava check-data --------------------------------------------------------------------------------------------
+
+
+def _whole(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number from 1")
+    return int(text)
+
+
+def add_arguments(parser):
+    """Give an argparse parser the command's arguments."""
+    add = parser.add_argument
+    add("json", metavar="JSON", help="LLaVA-format json or json lines, .gz or not")
+    add("--images", metavar="DIR", help="folder that the records' images are relative to (--image_folder)")
+    add("--version", default="plain", metavar="NAME", help="template it is for: plain (stage 1; the default), v1, ...")
+    add("--fast", action="store_true", help="do not open the images; only see whether they are there")
+    add(
+        "--tokenizer",
+        metavar="LLM",
+        help="folder or hub id: tokenize every record as LLaVA does, and see what it masks",
+    )
+    add("--max-length", type=_whole, default=2048, metavar="N", help="tokens of the context (default: %(default)s)")
+    add(
+        "--image-aspect-ratio",
+        choices=("square", "pad"),
+        help="as in training (default: pad, but square for plain, as LLaVA's scripts have it)",
+    )
+    add("--workers", type=_whole, metavar="N", help="processes that open images and tokenize (default: cores)")
+    add("--output", metavar="DIR", help="write report.json, report.md and bad_records.jsonl there")
+    add("--write", metavar="FILE", help="write the records that can be used (.json, .jsonl, .gz by its name)")
+
+
+def main(args):
+    """Run the command.
+
+    Returns:
+        0 where every record can be used, 1 where some cannot. HaclError, for which the command line's exit status is
+        2, says that the data cannot be looked at.
+    """
+    start, plain = time.time(), args.version == "plain"
+    if args.write and os.path.realpath(args.write) == os.path.realpath(args.json):
+        raise HaclError(f"--write {args.write}: is the file that is read; give another name.")
+    if args.images and not os.path.isdir(args.images):
+        raise HaclError(f"--images {args.images}: is no folder; give the one that the records' images are relative to.")
+    records = list_records(args.json)
+    pad = args.image_aspect_ratio == "pad" if args.image_aspect_ratio else not plain
+    found = find(
+        records,
+        args.images,
+        plain,
+        args.max_length,
+        full=not args.fast,
+        pad=pad,
+        workers=args.workers or cores(),
+        tokenizer=(args.tokenizer, args.version, args.max_length) if args.tokenizer else None,
+        ids=True,
+        progress=True,
+    )
+    bad = {f.index for f in found if f.severity == "error"}
+    counts = collections.Counter(f.kind for f in found)
+    report = {
+        "file": args.json,
+        "image_folder": args.images,
+        "version": args.version,
+        "image_aspect_ratio": "pad" if pad else "square",
+        "max_length": args.max_length,
+        "tokenizer": args.tokenizer,
+        "images_opened": not args.fast,
+        "records": len(records),
+        "usable": len(records) - len(bad),
+        "errors": {kind: counts[kind] for kind in REMEDIES if counts[kind] and kind in ERRORS},
+        "warnings": {kind: counts[kind] for kind in REMEDIES if counts[kind] and kind not in ERRORS},
+        "seconds": round(time.time() - start, 1),
+        "hacl_llava": __version__,
+    }
+    page = _page(report, records, found)
+    print(
+        page.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"), end=""
+    )
+    try:
+        if args.output:
+            _write(args.output, report, page, records, found)
+            print(f"\n{args.output}: report.json, report.md and bad_records.jsonl are written.")
+        if args.write:
+            if len(bad) == len(records):
+                raise HaclError(f"{args.write}: not written, for no record can be used.")
+            write_records(args.write, (t for i, (t, _) in enumerate(stream_records(args.json)) if i not in bad))
+            print(f"\n{args.write}: written, {len(records) - len(bad)} records.")
+    except OSError as error:
+        raise HaclError(f"{error.filename or args.output}: cannot be written ({error.strerror}).") from None
+    return 1 if bad else 0
+
+
+def _page(report, records, found, examples=5):
+    """The report as Markdown: what was found, by kind, with the first records of each and what to do."""
+    opened = "every image was opened" if report["images_opened"] else "images were looked for, not opened"
+    lines = [
+        f"# {report['file']}",
+        "",
+        f"{report['records']:,} records for the template {report['version']}; {opened}. "
+        f"**{report['usable']:,} can be used, {report['records'] - report['usable']:,} cannot.**",
+    ]
+    for severity in ("errors", "warnings"):
+        for kind, number in report[severity].items():
+            of_kind = [f for f in found if f.kind == kind]
+            lines += ["", f"## {severity[:-1]}: {kind} ({number:,})", "", f"What to do: {REMEDIES[kind]}.", ""]
+            lines += [f"- {name_of(report['file'], f.index, records[f.index])} {f.text}" for f in of_kind[:examples]]
+            if number > examples:
+                lines.append(f"- and {number - examples:,} more")
+    return "\n".join(lines) + "\n"
+
+
+def _write(folder, report, page, records, found):
+    from .data import entry_of
+
+    os.makedirs(folder, exist_ok=True)
+    lines = (
+        {**entry_of(report["file"], f.index, records[f.index], f.text, "check"), "severity": f.severity, "kind": f.kind}
+        for f in found
+    )
+    texts = {
+        "bad_records.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+        "report.md": page,
+        "report.json": json.dumps(report, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        part = Path(folder) / f"{name}.part"
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(part, Path(folder) / name)

@@ -1,0 +1,414 @@
+"""Stage 1 stopped at any moment: the same command goes on, and ends where it would have ended."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import arguments, relative
+
+from hacl_llava import resume
+from hacl_llava.compat import STATE_FILE, order_is_of_one_rank
+from hacl_llava.config import HaclError
+
+ROOT = Path(__file__).parent.parent
+
+
+def stage1(mini, output, *more):
+    """Arguments of a run of 8 steps in two epochs, every one of them saved."""
+    argv = arguments(mini, output, "--save_steps", "1", "--save_total_limit", "2", "--hacl_queue_size", "5", *more)
+    argv[argv.index("--save_strategy") + 1] = "steps"
+    argv[argv.index("--num_train_epochs") + 1] = "2"
+    argv[argv.index("--weight_decay") + 1] = "0.01"
+    return list(map(str, argv))
+
+
+def final(folder):
+    """What a run left: every tensor, and losses and learning rates by step."""
+    from safetensors.torch import load_file
+
+    tensors = torch.load(folder / "mm_projector.bin", weights_only=True)
+    if (folder / "hacl_head.safetensors").exists():
+        tensors |= load_file(folder / "hacl_head.safetensors")
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    keys = ("step", "loss", "learning_rate", "loss_lm", "loss_i2t", "retrieval_accuracy")
+    return tensors, [[x.get(k) for k in keys] for x in log if "loss" in x]
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in b)
+
+
+def steps(folder):
+    return [int(p.name.split("-")[1]) for p in resume.checkpoints(folder)]
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(monkeypatch, capsys, mini):
+    """train(output, *flags) -> (status, stderr), through the door."""
+    from hacl_llava import integration, train
+
+    # isort: split
+    import llava.train.train as module
+
+    def run(output, *more):
+        monkeypatch.setattr(sys, "argv", ["pretrain_hacl.py", *stage1(mini, output, "--use_cpu", "True", *more)])
+        status = train.main()
+        return status, capsys.readouterr().err
+
+    yield run
+    resume.SIGNALS.release()
+    integration.uninstall(vars(module))
+
+
+def test_goes_on_as_if_never_stopped(train, tmp_path):
+    """In the middle of the second epoch, with LLaVA's sampler by lengths and the queue: bit for bit."""
+    flags = ("--save_total_limit", "8", "--group_by_modality_length", "True")
+    assert train(tmp_path / "whole", *flags)[0] == 0
+    want, log = final(tmp_path / "whole")
+    assert len(log) == 8 and steps(tmp_path / "whole") == list(range(1, 9))
+
+    def resumed(name, change=None):
+        shutil.copytree(tmp_path / "whole/checkpoint-6", tmp_path / name / "checkpoint-6")
+        if change:
+            change(tmp_path / name / "checkpoint-6")
+            resume.seal(tmp_path / name / "checkpoint-6")
+        status, err = train(tmp_path / name, *flags)
+        assert status == 0, err
+        return final(tmp_path / name)
+
+    got, again = resumed("resumed")
+    assert same(got, want) and again == log
+    assert (tmp_path / "whole/checkpoint-6" / STATE_FILE).stat().st_size < 150_000  # 10,401 floats, three times
+
+    # controls: each part is needed
+    assert not same(resumed("order", lambda f: (f / "rng_epoch.pt").unlink())[0], want)
+    assert not same(resumed("queue", lambda f: (f / "hacl_queue_0.pt").unlink())[0], want)
+
+    def forget(folder):
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        with safe_open(folder / STATE_FILE, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys() if not k.startswith("exp_avg_sq")}  # noqa: SIM118
+            save_file(tensors, folder / STATE_FILE, metadata=file.metadata())
+
+    assert not same(resumed("optimizer", forget)[0], want)
+
+
+def test_what_cannot_be_as_it_was_is_said(train, tmp_path, mini, records):
+    flags = ("--use_hacl", "False", "--max_steps", "2")
+    assert train(tmp_path / "out", *flags)[0] == 0
+    (tmp_path / "fewer.json").write_text(json.dumps(records[:24]))
+    more = ("--max_steps", "3", "--data_path", tmp_path / "fewer.json", "--per_device_train_batch_size", "4")
+    status, err = train(tmp_path / "out", *flags, *more, "--seed", "7")
+    said = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert status == 0 and len(said) == 3, err
+    assert "8 records a step then, 4 now: the position in the data is counted in steps" in said[0]
+    assert "32 records then, 24 now" in said[1] and "--seed 42 then, 7 now" in said[2]
+    log = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert log["global_step"] == 3 and log["epoch"] == 0.5  # 24 / 4 steps in one: the new batch size counts
+
+    status, err = train(tmp_path / "out", "--max_steps", "4")  # with HACL: heads train too
+    assert status == 2 and "in which something else was trained (hacl_head.log_temperature" in err
+
+
+def test_other_settings_are_said():
+    then = {"ranks": 2, "global_batch": 8, "records": 9, "seed": 1, "hacl": {"weight": 1.0, "queue_size": 5}}
+    assert resume.differences(then, then) == []
+    now = {**then, "ranks": 1, "hacl": {"weight": 2.0, "queue_size": 5}}
+    first, second = resume.differences(then, now)
+    assert first.startswith("2 ranks then, 1 now: random states are not restored")
+    assert ("another order" in first) == order_is_of_one_rank() and second == "hacl_weight 1.0 then, 2.0 now"
+
+
+DAMAGE = {
+    "missing": lambda f: (f / STATE_FILE).unlink(),
+    "truncated": lambda f: (f / STATE_FILE).write_bytes((f / STATE_FILE).read_bytes()[:-1]),
+    "empty after a power loss": lambda f: (f / "scheduler.pt").write_bytes(b""),
+    "list of files empty": lambda f: (f / resume.FILES).write_text(""),
+    "list of files no list": lambda f: (f / resume.FILES).write_text("[]"),
+    "nothing but a name": lambda f: [p.unlink() for p in f.iterdir()],
+    "no list, no state": lambda f: [(f / n).unlink() for n in (resume.FILES, "trainer_state.json")],
+    "no list, weights cut": lambda f: ((f / resume.FILES).unlink(), (f / STATE_FILE).write_bytes(b"x")),
+}
+
+
+def fake(folder, *numbers):
+    for n in numbers:
+        (folder / f"checkpoint-{n}").mkdir(parents=True)
+        for name in (STATE_FILE, "scheduler.pt"):
+            (folder / f"checkpoint-{n}" / name).write_bytes(b"{}" * 9)
+        (folder / f"checkpoint-{n}/trainer_state.json").write_text("{}")
+        resume.seal(folder / f"checkpoint-{n}")
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_checkpoint_is_passed_over(tmp_path, capsys, how):
+    fake(tmp_path, 9, 10, 11)
+    (tmp_path / "checkpoint-12").write_text("no folder")
+    assert resume.last_whole(tmp_path).endswith("checkpoint-11") and not capsys.readouterr().err
+    DAMAGE[how](tmp_path / "checkpoint-11")
+    DAMAGE[how](tmp_path / "checkpoint-9")  # older than what is used: not spoken of
+    assert resume.last_whole(tmp_path).endswith("checkpoint-10")
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and re.match(r"warning: .*checkpoint-11: passed over, .*; checkpoint-10 is used", err[0])
+    DAMAGE[how](tmp_path / "checkpoint-10")
+    assert resume.last_whole(tmp_path) is None
+    assert "training starts from the beginning" in capsys.readouterr().err
+
+
+def test_run_with_damaged_checkpoints(train, tmp_path):
+    """The one before is used, and however few are kept, a damaged one never costs a whole one its place."""
+    assert train(tmp_path / "out")[0] == 0
+    want = final(tmp_path / "out")
+    assert steps(tmp_path / "out") == [7, 8]
+    (tmp_path / "out/checkpoint-8" / STATE_FILE).write_bytes(b"")
+    shutil.copytree(tmp_path / "out/checkpoint-8", tmp_path / "out/checkpoint-99")
+    status, err = train(tmp_path / "out", "--save_total_limit", "1")
+    assert status == 0 and err.count("passed over, training_state.safetensors has 0 bytes of ") == 2, err
+    assert final(tmp_path / "out")[1] == want[1] and same(final(tmp_path / "out")[0], want[0])
+    assert [n for n in steps(tmp_path / "out") if not resume.broken(tmp_path / f"out/checkpoint-{n}")] == [8]
+
+
+def test_checkpoint_of_stock_llava_is_refused_in_words(train, tmp_path):
+    (tmp_path / "out/checkpoint-4").mkdir(parents=True)
+    torch.save({}, tmp_path / "out/checkpoint-4/mm_projector.bin")
+    (tmp_path / "out/checkpoint-4/config.json").write_text("{}")
+    status, err = train(tmp_path / "out")
+    assert status == 2 and re.search("error: .*checkpoint-4: is not of a stage 1 that can be gone on from.*remove", err)
+
+
+def test_what_would_fail_at_the_end_fails_at_the_start(train, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    status, err = train(tmp_path / "file/out")
+    assert status == 2 and "error:" in err and "file" in err and "Traceback" not in err
+
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=500_000))
+    # 10,401 floats that train, 16 bytes each, and the queue; three kept for a moment, and the end
+    assert train(tmp_path / "out", "--max_steps", "1")[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=300_000))
+    status, err = train(tmp_path / "more", "--save_total_limit", "4")
+    assert status == 2 and "GB are needed: 5 checkpoints of about 0.00 GB" in err and "--save_total_limit" in err
+    assert not list((tmp_path / "more").iterdir())  # nothing half-written
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(HaclError, match=r"2 checkpoints of about 1000.00 GB, and 50.00 GB at the end"):
+        resume.check_room(tmp_path, 10**12, 5 * 10**10, 2, None)
+
+    from transformers import GenerationConfig
+
+    def unsavable(self, *args, **kwargs):
+        raise ValueError("temperature without do_sample")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", unsavable)
+    status, err = train(tmp_path / "generation")
+    assert status == 2 and "could not be saved after the training: temperature without do_sample" in err
+
+
+def test_data_worker_outlives_the_first_sigterm_alone():
+    code = """
+import os, signal
+from hacl_llava import resume
+resume.in_worker(lambda number: print("worker", number, flush=True), 3)
+for s in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR1):
+    os.kill(os.getpid(), s)
+print("alive", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["worker", "3", "alive"] and done.returncode == -signal.SIGTERM, done.stderr[-900:]
+
+
+# --- through the command line -----------------------------------------------------------------------------------------
+
+FORKING = """
+import json, os, sys
+from hacl_llava import compat, integration, trainer
+import llava.train.train
+from hacl_llava.train import main
+
+for line in sys.stdin:  # a run in a copy of this process, which has imported everything
+    argv, log = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.stdin.close()
+        sys.argv = argv
+        sys.exit(main())
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.e2e
+def test_killed_again_and_again_in_one_process(mini, tmp_path):
+    """SIGKILL, SIGTERM and others at random moments of loading, training and saving."""
+    chance, kills = random.Random(8), int(os.environ.get("HACL_KILLS", 20))
+    forking = subprocess.Popen(
+        [sys.executable, "-c", FORKING], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "log.txt"
+
+    def start(output):
+        argv = ["pretrain_hacl.py", *stage1(mini, output, "--use_cpu", "True", "--num_train_epochs", "10")]
+        forking.stdin.write(json.dumps([argv, str(log)]) + "\n")
+        forking.stdin.flush()
+        return int(forking.stdout.readline())
+
+    def ended():
+        return int(forking.stdout.readline())
+
+    try:
+        start(tmp_path / "whole")
+        assert ended() == 0, log.read_text()[-2000:]
+        codes, in_saving, out = [], 0, tmp_path / "killed"
+        while len(codes) < kills:
+            seen, part = steps(out), out / "unfinished"
+            pid = start(out)
+            waits = chance.choice(["step", "saving", "time"])
+            until = time.time() + (chance.random() * 2 if waits == "time" else 60)
+            while time.time() < until and (waits == "time" or steps(out) == seen):
+                time.sleep(0.001)
+            while waits == "saving" and not part.exists() and time.time() < until:
+                pass
+            time.sleep(chance.random() * 0.02)
+            in_saving += part.exists()
+            os.kill(pid, chance.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGUSR1]))
+            codes.append(ended())
+            whole = [n for n in steps(out) if not resume.broken(out / f"checkpoint-{n}")]
+            assert whole == steps(out)
+        while not start(out) or ended() != 0:
+            raise AssertionError(log.read_text()[-2000:])
+    finally:
+        forking.stdin.close()
+        forking.wait(60)
+    assert set(codes) <= {-9, 75, 0} and codes.count(-9) > kills / 3 and codes.count(75) >= kills / 10, codes
+    assert in_saving >= kills / 10, in_saving
+    (got, losses), (want, expected) = final(out), final(tmp_path / "whole")
+    assert len(expected) == 40 and losses == expected and same(got, want)
+    assert steps(out) == [39, 40] and not (out / "unfinished").exists()
+
+
+@pytest.fixture(scope="module")
+def rows(mini):
+    """The miniature's images with captions of one length, so that the mean over a rank's tokens is that over all."""
+    records = json.loads(mini.data.read_text())
+    length = {}
+    for record in records:
+        length.setdefault(len(record["conversations"][1]["value"].split()), []).append(record)
+    captions = max(length.values(), key=len)
+    for i, record in enumerate(records):
+        record["conversations"][1]["value"] = captions[i % len(captions)]["conversations"][1]["value"]
+    path = mini.folder / "one_length.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+class Launched:
+    """Stage 1 under the deepspeed launcher, in a session of its own."""
+
+    def __init__(self, mini, rows, output, ranks, *more):
+        from hacl_llava.demo import free_port
+
+        argv = stage1(mini, output, "--data_path", rows, "--deepspeed", "zero_configs/zero2.json", *more)
+        argv += ["--per_device_train_batch_size", str(8 // ranks)]
+        launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
+        launcher += ["--master_port", str(free_port()), "scripts/pretrain_hacl.py"]
+        self.log = output.with_suffix(".log")
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*launcher, *argv], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def ends(self):
+        return self.process.wait(240)
+
+    def child(self, word, besides=" -m "):
+        """Id of the process of this session whose command line holds the word."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (folder / "cmdline").read_text().replace("\0", " ")
+                if os.getsid(int(folder.name)) == self.process.pid and word in command and besides not in command:
+                    return int(folder.name)
+            except (OSError, ValueError):
+                pass
+        raise AssertionError(f"no process with {word}")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(mini, rows, tmp_path_factory):
+    """What an uninterrupted run on two ranks leaves."""
+    output = tmp_path_factory.mktemp("two_ranks") / "whole"
+    assert Launched(mini, rows, output, 2).ends() == 0
+    return final(output)
+
+
+@pytest.mark.e2e
+@pytest.mark.distributed
+def test_killed_under_deepspeed(mini, rows, two_ranks, tmp_path):
+    out, chance, kills = tmp_path / "killed", random.Random(3), int(os.environ.get("HACL_KILLS_RANKS", 2))
+    done = 0
+    while done < kills:
+        seen = steps(out)
+        run = Launched(mini, rows, out, 2)
+        until = time.time() + 100
+        # again and again at the same step, or there would be too few
+        while steps(out) in (seen, []) and time.time() < until:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.1)
+        run.kill()
+        done += 1
+        assert steps(out) and all(not resume.broken(out / f"checkpoint-{n}") for n in steps(out))
+        for n in steps(out)[:-1] if kills > 4 else ():
+            shutil.rmtree(out / f"checkpoint-{n + 1}", ignore_errors=True)
+    if steps(out)[-1] < 7:  # SIGUSR1, as Slurm sends it, to one rank: all save after the same step
+        run = Launched(mini, rows, out, 2, "--dataloader_num_workers", "1")
+        seen = steps(out)
+        while steps(out) == seen:
+            time.sleep(0.001)
+        os.kill(run.child("--local_rank=1"), signal.SIGUSR1)
+        assert run.ends() in (75, 0) and "Traceback" not in run.log.read_text()
+    run = Launched(mini, rows, out, 2)
+    assert run.ends() == 0, run.log.read_text()[-2000:]
+    got, losses = final(out)
+    assert losses == two_ranks[1] and same(got, two_ranks[0])
+
+
+@pytest.mark.e2e
+@pytest.mark.distributed
+def test_two_ranks_then_one_then_four(mini, rows, two_ranks, tmp_path):
+    out = tmp_path / "out"
+    for ranks, last in ((2, 3), (1, 5), (4, 8)):
+        run = Launched(mini, rows, out, ranks, "--save_total_limit", "8")
+        assert run.ends() == 0, run.log.read_text()[-2000:]
+        for n in steps(out):
+            if n > last:
+                shutil.rmtree(out / f"checkpoint-{n}")
+    text = run.log.read_text()
+    assert "warning: 2 ranks then, 1 now" in text and "warning: 1 ranks then, 4 now" in text
+    assert "the position in the data" not in text
+    (got, losses), (want, expected) = final(out), two_ranks
+    assert [x[0] for x in losses] == list(range(1, 9)) and losses[:3] == expected[:3]
+    if not order_is_of_one_rank():  # else the data comes in another order from step 4 on
+        for a, b in zip(losses, expected):
+            assert a[1] == pytest.approx(b[1], rel=1e-5)
+        assert all(relative(got[k], want[k]) < 1e-4 for k in want), {k: relative(got[k], want[k]) for k in want}
