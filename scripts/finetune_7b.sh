@@ -20,7 +20,8 @@ qlora) FLAGS=(--deepspeed zero_configs/zero2.json --bits 4 "${LORA[@]}") ;; # Ze
 *) echo "error: MODE is $MODE, allowed are full, offload, lora, qlora" >&2; exit 2 ;;
 esac
 
-deepspeed ${LAUNCHER_ARGS:-} scripts/finetune_hacl.py \
+read -ra COMMAND <<<"${LAUNCHER:-deepspeed} ${LAUNCHER_ARGS:-}" # several words
+exec "${COMMAND[@]}" scripts/finetune_hacl.py \
     "${FLAGS[@]}" \
     --model_name_or_path "${LLM:-lmsys/vicuna-7b-v1.5}" \
     --version v1 \

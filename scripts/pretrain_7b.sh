@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 DATA=${DATA:-playground/data/LLaVA-Pretrain}
 JSON=${JSON:-$DATA/blip_laion_cc_sbu_558k_hallucinated.json} # LLaVA's json with "hallucinated_captions" in each record
 
-deepspeed ${LAUNCHER_ARGS:-} scripts/pretrain_hacl.py \
+read -ra COMMAND <<<"${LAUNCHER:-deepspeed} ${LAUNCHER_ARGS:-}" # several words
+exec "${COMMAND[@]}" scripts/pretrain_hacl.py \
     --deepspeed zero_configs/zero2.json \
     --model_name_or_path "${LLM:-lmsys/vicuna-7b-v1.5}" \
     --version plain \
