@@ -16,25 +16,26 @@ LLAVA = llava-torch==1.2.2.post1
 
 venv: .venv/.made
 
-# torch first, so that nothing else picks one; llava without its pins, which nothing current satisfies.
+# torch first, so that nothing else picks one; llava without its pins, which nothing current satisfies. The constraints
+# hold what these would bring along (docs/reliability.md).
 define make_venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hacl_llava: make needs Python 3.11 or newer")'
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install -q --upgrade pip
-	$(1)/bin/python -m pip install -q $(TORCH)
-	$(1)/bin/python -m pip install -q $(2) $(DEEPSPEED) -e '.[dev]'
+	$(1)/bin/python -m pip install -q -c $(3) $(TORCH)
+	$(1)/bin/python -m pip install -q -c $(3) $(2) $(DEEPSPEED) -e '.[dev]'
 	$(1)/bin/python -m pip install -q --no-deps $(LLAVA)
 	touch $(1)/.made
 endef
 
-.venv/.made: setup.py Makefile
-	$(call make_venv,.venv,$(STACK))
+.venv/.made: setup.py Makefile .ci/constraints-5.txt
+	$(call make_venv,.venv,$(STACK),.ci/constraints-5.txt)
 
-.venv-4.57/.made: setup.py Makefile
-	$(call make_venv,.venv-4.57,$(STACK_4.57))
+.venv-4.57/.made: setup.py Makefile .ci/constraints-4.57.txt
+	$(call make_venv,.venv-4.57,$(STACK_4.57),.ci/constraints-4.57.txt)
 
-.venv-4.37/.made: setup.py Makefile
-	$(call make_venv,.venv-4.37,$(STACK_4.37))
+.venv-4.37/.made: setup.py Makefile .ci/constraints-4.37.txt
+	$(call make_venv,.venv-4.37,$(STACK_4.37),.ci/constraints-4.37.txt)
 
 demo: venv
 	.venv/bin/hacl-llava demo --output runs/demo
@@ -43,17 +44,18 @@ test: venv
 	.venv/bin/python -m pytest
 
 test-slow: venv
-	.venv/bin/python -m pytest -m 'e2e or distributed'
+	.venv/bin/python -m pytest -m 'e2e or distributed or once'
 
-# The middle of the range: without the slow tests of one process, and without files that need neither torch nor
-# transformers, which both ends run.
-ANY_VERSION = scores report records hallucinate_api hallucinate_rules hallucinate_run
+# Older transformers: without what is marked `once`, and without files that need neither torch nor transformers; the middle
+# of the range also without the slow tests of one process.
+ANY_VERSION = scores report records security hallucinate_api hallucinate_rules hallucinate_run
+NOT_AGAIN = $(ANY_VERSION:%=--ignore=tests/test_%.py)
 
 test-4.57: .venv-4.57/.made
-	.venv-4.57/bin/python -m pytest -m 'not gpu and (distributed or not e2e)' $(ANY_VERSION:%=--ignore=tests/test_%.py)
+	.venv-4.57/bin/python -m pytest -m 'not gpu and not once and (distributed or not e2e)' $(NOT_AGAIN)
 
 test-4.37: .venv-4.37/.made
-	.venv-4.37/bin/python -m pytest -m 'not gpu'
+	.venv-4.37/bin/python -m pytest -m 'not gpu and not once' $(NOT_AGAIN)
 
 test-all: test test-slow test-4.57 test-4.37
 
