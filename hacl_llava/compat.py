@@ -9,6 +9,8 @@ import atexit
 import functools
 import inspect
 import os
+import sys
+import time
 
 LLAVA_INSTALL = "pip install --no-deps llava-torch==1.2.2.post1"
 LLAVA_VERSION = "1.2.2.post1"
@@ -146,6 +148,16 @@ def _random_states():
     core = getattr(numpy, "_core", None) or numpy.core
     parts = [core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
     torch.serialization.add_safe_globals(parts)
+
+
+def _fork_beside_gloo():
+    # A data worker may hang as it is born, and its rank with it: forked in the moment in which a thread of gloo's, to
+    # free a tensor, holds the interpreter's list of threads (CPython issue 112275, met once in some eighty short epochs
+    # on two processes; mended in 3.11.10 and 3.12). A moment after the last collective they rest. Goes with 3.11.
+    import torch.distributed as dist
+
+    if sys.version_info < (3, 11, 10):
+        os.register_at_fork(before=lambda: dist.is_initialized() and time.sleep(0.02))
 
 
 def _resuming_under_deepspeed():
@@ -343,6 +355,7 @@ _deepspeed_on_cpu()
 _accumulation_under_zero()
 _random_states()
 _resuming_under_deepspeed()
+_fork_beside_gloo()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
 for _class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
     _forward_arguments(_class)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,8 +31,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, saved; the same command g
 # --- what trains and its optimizer: the same file whatever the engine and the number of ranks ------------------------
 
 
-def _optimizers(optimizer, parameters):
-    """(ZeRO's optimizer or None, the one that makes the step) of what a Trainer calls its optimizer."""
+def optimizers(optimizer, parameters):
+    """(ZeRO's optimizer or None, the one that makes the step) of what a Trainer calls its optimizer.
+
+    Raises:
+        HaclError: DeepSpeed's does not show the state of these parameters.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)
     base = getattr(inner, "optimizer", None)
     if base is None:
@@ -60,7 +65,7 @@ def save_training_state(path, model, optimizer, settings, scaler=None, write=Tru
         HaclError: under a DeepSpeed optimizer that does not show its state.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    zero, base = _optimizers(optimizer, [p for _, p in named])
+    zero, base = optimizers(optimizer, [p for _, p in named])
     tensors, steps = {}, {}
     if zero is not None:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -109,7 +114,7 @@ def load_training_state(path, model, optimizer):
             f"{path}: is of a run in which something else was trained ({other[0]}: {got.get(other[0], 'not')} then, "
             f"{own.get(other[0], 'not')} now); give the flags of that run, or another --output_dir."
         )
-    zero, base = _optimizers(optimizer, named.values())
+    zero, base = optimizers(optimizer, named.values())
     of = {n: {k.split("/")[0]: v for k, v in tensors.items() if k.split("/", 1)[1] == n} for n in named}
     if any(len(found) > 1 for found in of.values()):
         _make_optimizer_state(zero, base)
@@ -337,12 +342,31 @@ class Signals:
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {number: signal.signal(number, self._handle) for number in self.CAUGHT}
             atexit.register(_end_workers)
+            read, self._wake = os.pipe()
+            os.set_blocking(self._wake, False)
+            signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
     def release(self):
         """Put back what was there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wake)
         self._before = {}
+
+    def _watch(self, pipe):
+        # `_handle` has to wait while the main thread is in a collective, for ever if it is that of a rank which died:
+        # DeepSpeed's launcher then sends SIGTERM to one rank after the other, and waits 30 seconds for each.
+        while number := os.read(pipe, 1):
+            if number[0] == signal.SIGTERM and _a_rank_is_gone():
+                os._exit(128 + signal.SIGTERM)
+            if self.phase == "starting":
+                time.sleep(5)
+                if self.phase == "starting":
+                    os._exit(EXIT_STOPPED)
+        os.close(pipe)
 
     def _handle(self, number, frame):
         name = signal.Signals(number).name
@@ -352,6 +376,16 @@ class Signals:
             raise Stopped(f"{name} before the first step: there is nothing to save")
         if self.phase == "training" and self.received is None:
             self.received = name
+
+
+def _a_rank_is_gone():
+    """Whether the launcher of this process (DeepSpeed's says how many it started here) has fewer children by now."""
+    try:
+        parent = os.getppid()
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:
+        return False
+    return len(children) < int(os.environ.get("LOCAL_SIZE", 0))
 
 
 SIGNALS = Signals()
@@ -405,6 +439,7 @@ def in_worker(init, number):
     def once(*_):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    signal.set_wakeup_fd(-1)  # the pipe is shared with the rank
     signal.signal(signal.SIGTERM, once)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

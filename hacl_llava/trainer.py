@@ -33,6 +33,7 @@ from .resume import (
     in_worker,
     last_whole,
     load_training_state,
+    optimizers,
     ranks_of,
     save_training_state,
     say,
@@ -171,8 +172,8 @@ class ResumableTrainer(LLaVATrainer):
             final = sum(size[n] * p.element_size() for n, p in named)
             checkpoint = 2 * final + 12 * trained if self.is_deepspeed_enabled else 3 * final
         if hacl := getattr(self.model, "hacl_config", None):
-            width = hacl.head_dim if hacl.head_dim > 0 else self.model.config.hidden_size
-            checkpoint += 8 * hacl.queue_size * width
+            hidden = self.model.config.hidden_size
+            checkpoint += 8 * hacl.queue_size * {0: hidden, -1: hidden // 4}.get(hacl.head_dim, hacl.head_dim)
         done = int(Path(resumes).name.rsplit("-", 1)[1]) if resumes else 0
         check_room(self.args.output_dir, checkpoint, final, self._saves_left(done), self.args.save_total_limit)
 
@@ -302,6 +303,13 @@ class ResumableTrainer(LLaVATrainer):
         kept = vars(getattr(self.optimizer.optimizer, "loss_scaler", object)) if self.args.fp16 else {}
         return {k: v for k, v in kept.items() if isinstance(v, (bool, int, float))}
 
+    def _restore_scaler(self, scaler):
+        if self.accelerator.scaler is not None and "scale" in scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+        elif hasattr(self.optimizer.optimizer, "loss_scaler"):
+            own = vars(self.optimizer.optimizer.loss_scaler)
+            own.update({k: v for k, v in scaler.items() if k in own})
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not (Path(checkpoint) / STATE_FILE).exists():
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -312,11 +320,7 @@ class ResumableTrainer(LLaVATrainer):
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
             group["lr"] = rate
-        if self.accelerator.scaler is not None and "scale" in scaler:
-            self.accelerator.scaler.load_state_dict(scaler)
-        elif scaler and hasattr(self.optimizer.optimizer, "loss_scaler"):
-            own = vars(self.optimizer.optimizer.loss_scaler)
-            own.update({k: v for k, v in scaler.items() if k in own})
+        self._restore_scaler(scaler)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -374,6 +378,10 @@ class _EpochStart(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer._stage1():  # before the first step, not at the first checkpoint
+            optimizers(self.trainer.optimizer, [p for p in self.trainer.model.parameters() if p.requires_grad])
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         kept = Path(self.trainer._resumes or "") / EPOCH_START

@@ -171,3 +171,20 @@ def test_deepspeed_without_an_accelerator_gets_gloo(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert PartialState._prepare_backend(state, False, False, None)[0] == "gloo"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11, 10), reason="this Python forks beside threads")
+def test_a_fork_lets_gloo_come_to_rest(monkeypatch):
+    import os
+    import time
+
+    from hacl_llava import compat  # noqa: F401
+
+    naps = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    for running in (False, True):
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda running=running: running)
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert naps == [0.02]

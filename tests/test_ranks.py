@@ -300,6 +300,7 @@ def alive(folder):
     return found
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 @pytest.mark.parametrize("fault", ["raises", "exits", "killed"])
 def test_a_rank_that_dies_ends_the_run(mini, tmp_path, fault):

@@ -94,7 +94,8 @@ def test_goes_on_as_if_never_stopped(train, tmp_path):
     assert (tmp_path / "whole/checkpoint-6" / STATE_FILE).stat().st_size < 150_000  # 10,401 floats, three times
 
     # controls: each part is needed
-    assert not same(resumed("order", lambda f: (f / "rng_epoch.pt").unlink())[0], want)
+    if not order_is_of_one_rank():  # else the Trainer draws the earlier epochs' orders again, to come to this one's
+        assert not same(resumed("order", lambda f: (f / "rng_epoch.pt").unlink())[0], want)
     assert not same(resumed("queue", lambda f: (f / "hacl_queue_0.pt").unlink())[0], want)
 
     def forget(folder):
@@ -183,6 +184,27 @@ def test_run_with_damaged_checkpoints(train, tmp_path):
     assert [n for n in steps(tmp_path / "out") if not resume.broken(tmp_path / f"out/checkpoint-{n}")] == [8]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_full_disk_while_saving(train, tmp_path, monkeypatch, error):
+    from hacl_llava import trainer
+
+    save = trainer.save_training_state
+
+    def full(path, *args, **kwargs):
+        save(path, *args, **kwargs)
+        if "checkpoint-4" in str(path):
+            path.write_bytes(path.read_bytes()[:999])
+            raise error
+
+    monkeypatch.setattr(trainer, "save_training_state", full)
+    status, err = train(tmp_path / "out")
+    assert status == 2 and err.count("error:") == 1 and "unfinished: cannot be written" in err
+    assert "Traceback" not in err and sorted(os.listdir(tmp_path / "out")) == ["checkpoint-2", "checkpoint-3"]
+    monkeypatch.setattr(trainer, "save_training_state", save)
+    assert train(tmp_path / "out")[0] == 0
+    assert len(final(tmp_path / "out")[1]) == 8
+
+
 def test_checkpoint_of_stock_llava_is_refused_in_words(train, tmp_path):
     (tmp_path / "out/checkpoint-4").mkdir(parents=True)
     torch.save({}, tmp_path / "out/checkpoint-4/mm_projector.bin")
@@ -218,19 +240,83 @@ def test_what_would_fail_at_the_end_fails_at_the_start(train, tmp_path, monkeypa
     assert status == 2 and "could not be saved after the training: temperature without do_sample" in err
 
 
-def test_data_worker_outlives_the_first_sigterm_alone():
-    code = """
-import os, signal
+def test_loss_scale_of_fp16_goes_on():
+    """DeepSpeed's own scaler and torch's: neither runs in fp16 on a CPU, so their states alone."""
+    from hacl_llava.trainer import ResumableTrainer
+
+    def trainer(scaler=None, zero=None):
+        return SimpleNamespace(
+            accelerator=SimpleNamespace(scaler=scaler), args=SimpleNamespace(fp16=True),
+            optimizer=SimpleNamespace(optimizer=SimpleNamespace(**({"loss_scaler": zero} if zero else {}))),
+        )  # fmt: skip
+
+    scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler").DynamicLossScaler
+    make = [lambda: trainer(zero=scaler(2.0**16, 1000, 1, 2, False)), lambda: trainer(torch.amp.GradScaler("cpu"))]
+    used, fresh = make[0](), make[0]()
+    vars(used.optimizer.optimizer.loss_scaler).update(cur_scale=2.0**15, cur_iter=4, last_overflow_iter=3)
+    state = json.loads(json.dumps(ResumableTrainer._scaler_state(used)))
+    assert ResumableTrainer._scaler_state(fresh) != state and state["cur_scale"] == 2.0**15 and state["cur_iter"] == 4
+    ResumableTrainer._restore_scaler(fresh, state)
+    assert vars(fresh.optimizer.optimizer.loss_scaler) == vars(used.optimizer.optimizer.loss_scaler)
+
+    used, fresh = make[1](), make[1]()
+    used.accelerator.scaler.scale(torch.ones(1))
+    used.accelerator.scaler.update(4.0)
+    state = json.loads(json.dumps(ResumableTrainer._scaler_state(used)))
+    ResumableTrainer._restore_scaler(fresh, state)
+    assert ResumableTrainer._scaler_state(fresh) == state
+    ResumableTrainer._restore_scaler(trainer(), state)  # of an fp16 run, resumed in bf16
+
+
+def test_deepspeed_optimizer_that_hides_its_state_is_refused():
+    hidden = SimpleNamespace(optimizer=SimpleNamespace(optimizer=torch.optim.AdamW([torch.zeros(1)])))
+    with pytest.raises(HaclError, match="does not show its state.*ZeRO stage 1, 2 or 3"):
+        resume.optimizers(hidden, [torch.zeros(1)])
+
+
+SIGNALLED = """
+import hashlib, os, signal, sys, time
 from hacl_llava import resume
-resume.in_worker(lambda number: print("worker", number, flush=True), 3)
-for s in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR1):
-    os.kill(os.getpid(), s)
-print("alive", flush=True)
-os.kill(os.getpid(), signal.SIGTERM)
-print("never")
+
+def worker():  # of the data: outlives the first SIGTERM, which a launcher sends to the whole tree, and no second one
+    resume.in_worker(lambda number: None, 3)
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR1):
+        os.kill(os.getpid(), s)
+    os.write(1, b"alive ")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def rank():  # in something that no Python interrupts, as a collective with a rank that died
+    resume.SIGNALS.catch()
+    resume.SIGNALS.phase = "training"
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+
+def status_of(function, ranks):
+    os.environ["LOCAL_SIZE"] = str(ranks)
+    child = os.fork()
+    if child == 0:
+        function()
+        os._exit(0)
+    time.sleep(1)
+    if function is rank:
+        os.kill(child, signal.SIGTERM)
+    until = time.time() + 3
+    while time.time() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "works on"
+
+print(status_of(worker, 1), status_of(rank, 2), status_of(rank, 1))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stdout.split() == ["worker", "3", "alive"] and done.returncode == -signal.SIGTERM, done.stderr[-900:]
+
+
+def test_signals_reach_whom_they_should():
+    """A data worker; a rank whose launcher has lost another; and, as a control, one whose launcher has not."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["alive", "-15", "143", "works", "on"], done.stderr[-900:]
 
 
 # --- through the command line -----------------------------------------------------------------------------------------
@@ -241,42 +327,57 @@ from hacl_llava import compat, integration, trainer
 import llava.train.train
 from hacl_llava.train import main
 
-for line in sys.stdin:  # a run in a copy of this process, which has imported everything
-    argv, log = json.loads(line)
+for line in sys.stdin:
+    stage, argv, log = json.loads(line)
     pid = os.fork()
     if pid == 0:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         sys.stdin.close()
         sys.argv = argv
-        sys.exit(main())
+        sys.exit(main(stage))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
+class Forking:
+    """Runs the doors in copies of a process that has imported everything, which saves most of a start."""
+
+    def __enter__(self):
+        command = [sys.executable, "-c", FORKING]
+        self.parent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_):
+        self.parent.stdin.close()
+        self.parent.wait(60)
+
+    def start(self, argv, log, stage=1):
+        """Its process id; what it prints is added to the file."""
+        self.parent.stdin.write(json.dumps([stage, [str(a) for a in argv], str(log)]) + "\n")
+        self.parent.stdin.flush()
+        return int(self.parent.stdout.readline())
+
+    def ended(self):
+        """The exit status, or minus the signal, once it is over."""
+        return int(self.parent.stdout.readline())
+
+
+@pytest.mark.once
 @pytest.mark.e2e
 def test_killed_again_and_again_in_one_process(mini, tmp_path):
     """SIGKILL, SIGTERM and others at random moments of loading, training and saving."""
-    chance, kills = random.Random(8), int(os.environ.get("HACL_KILLS", 20))
-    forking = subprocess.Popen(
-        [sys.executable, "-c", FORKING], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "log.txt"
+    chance, kills, log = random.Random(8), int(os.environ.get("HACL_KILLS", 20)), tmp_path / "log.txt"
+    codes, in_saving, out = [], 0, tmp_path / "killed"
+    with Forking() as forking:
 
-    def start(output):
-        argv = ["pretrain_hacl.py", *stage1(mini, output, "--use_cpu", "True", "--num_train_epochs", "10")]
-        forking.stdin.write(json.dumps([argv, str(log)]) + "\n")
-        forking.stdin.flush()
-        return int(forking.stdout.readline())
+        def start(output):
+            argv = stage1(mini, output, "--use_cpu", "True", "--num_train_epochs", "10")
+            return forking.start(["pretrain_hacl.py", *argv], log)
 
-    def ended():
-        return int(forking.stdout.readline())
-
-    try:
         start(tmp_path / "whole")
-        assert ended() == 0, log.read_text()[-2000:]
-        codes, in_saving, out = [], 0, tmp_path / "killed"
+        assert forking.ended() == 0, log.read_text()[-2000:]
         while len(codes) < kills:
             seen, part = steps(out), out / "unfinished"
             pid = start(out)
@@ -284,19 +385,15 @@ def test_killed_again_and_again_in_one_process(mini, tmp_path):
             until = time.time() + (chance.random() * 2 if waits == "time" else 60)
             while time.time() < until and (waits == "time" or steps(out) == seen):
                 time.sleep(0.001)
-            while waits == "saving" and not part.exists() and time.time() < until:
+            while waits == "saving" and not list(part.glob("*")) and time.time() < until:
                 pass
             time.sleep(chance.random() * 0.02)
             in_saving += part.exists()
             os.kill(pid, chance.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGUSR1]))
-            codes.append(ended())
-            whole = [n for n in steps(out) if not resume.broken(out / f"checkpoint-{n}")]
-            assert whole == steps(out)
-        while not start(out) or ended() != 0:
-            raise AssertionError(log.read_text()[-2000:])
-    finally:
-        forking.stdin.close()
-        forking.wait(60)
+            codes.append(forking.ended())
+            assert not [n for n in steps(out) if resume.broken(out / f"checkpoint-{n}")]
+        start(out)
+        assert forking.ended() == 0, log.read_text()[-2000:]
     assert set(codes) <= {-9, 75, 0} and codes.count(-9) > kills / 3 and codes.count(75) >= kills / 10, codes
     assert in_saving >= kills / 10, in_saving
     (got, losses), (want, expected) = final(out), final(tmp_path / "whole")
@@ -307,10 +404,12 @@ def test_killed_again_and_again_in_one_process(mini, tmp_path):
 @pytest.fixture(scope="module")
 def rows(mini):
     """The miniature's images with captions of one length, so that the mean over a rank's tokens is that over all."""
-    records = json.loads(mini.data.read_text())
-    length = {}
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mini.llm, use_fast=False)
+    records, length = json.loads(mini.data.read_text()), {}
     for record in records:
-        length.setdefault(len(record["conversations"][1]["value"].split()), []).append(record)
+        length.setdefault(len(tokenizer(record["conversations"][1]["value"]).input_ids), []).append(record)
     captions = max(length.values(), key=len)
     for i, record in enumerate(records):
         record["conversations"][1]["value"] = captions[i % len(captions)]["conversations"][1]["value"]
@@ -409,6 +508,7 @@ def test_two_ranks_then_one_then_four(mini, rows, two_ranks, tmp_path):
     (got, losses), (want, expected) = final(out), two_ranks
     assert [x[0] for x in losses] == list(range(1, 9)) and losses[:3] == expected[:3]
     if not order_is_of_one_rank():  # else the data comes in another order from step 4 on
-        for a, b in zip(losses, expected):
-            assert a[1] == pytest.approx(b[1], rel=1e-5)
-        assert all(relative(got[k], want[k]) < 1e-4 for k in want), {k: relative(got[k], want[k]) for k in want}
+        apart = [abs(a[1] - b[1]) / b[1] for a, b in zip(losses, expected)]
+        print(apart, {k: relative(got[k], want[k]) for k in want})
+        assert max(apart) < 1e-5
+        assert all(relative(got[k], want[k]) < 1e-4 for k in want)

@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import arguments
 from test_e2e import ROOT, launch, run
+from test_resume import Forking
 
 from hacl_llava.checkpoint import Weights
 from hacl_llava.demo import free_port
+from hacl_llava.resume import broken
 
 LORA = (
     "--lora_enable",
@@ -89,32 +91,36 @@ def checkpoints(folder):
 def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
     """kill -9 again and again, in the middle of steps and of saving; after each, what is there is whole."""
     flags = (*MODES[mode], "--use_cpu", "True")
-    run(sys.executable, *stage2(mini, tmp_path / "whole", None, *flags))
-    assert checkpoints(tmp_path / "whole") == ["checkpoint-7", "checkpoint-8"]  # 64 / 8 steps, each saved, two kept
-    assert not (tmp_path / "whole/unfinished").exists()
+    chance, in_saving, log = random.Random(4), 0, tmp_path / "log.txt"
+    with Forking() as forking:
+        forking.start(stage2(mini, tmp_path / "whole", None, *flags), log, stage=2)
+        assert forking.ended() == 0, log.read_text()[-2000:]
+        assert checkpoints(tmp_path / "whole") == ["checkpoint-7", "checkpoint-8"]  # 64 / 8 steps, each saved, two kept
+        assert not (tmp_path / "whole/unfinished").exists()
 
-    command = [sys.executable, *map(str, stage2(mini, tmp_path / "killed", None, *flags))]
-    chance, kills, in_saving = random.Random(4), 0, 0
-    while True:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        seen = checkpoints(tmp_path / "killed")
-        while process.poll() is None and kills < 4 and checkpoints(tmp_path / "killed") == seen:
-            if kills % 2 and (tmp_path / "killed/unfinished").exists():
-                break
-            time.sleep(0.002)
-        time.sleep(chance.random() * 0.05)
-        if kills == 4 or process.poll() is not None:
-            errors = process.communicate(timeout=300)[1]
-            assert process.returncode == 0, errors[-2000:]
-            break
-        process.kill()
-        process.communicate()
-        kills += 1
-        in_saving += (tmp_path / "killed/unfinished").exists()
-        for name in checkpoints(tmp_path / "killed"):
-            assert (tmp_path / "killed" / name / "trainer_state.json").exists()
-            assert list(Weights(_model_file(tmp_path / "killed" / name)))
-    assert kills >= 3 and in_saving >= 1, (kills, in_saving)
+        killed = tmp_path / "killed"
+        for kill in range(4):
+            pid = forking.start(stage2(mini, killed, None, *flags), log, stage=2)
+            seen, until = checkpoints(killed), time.time() + 60
+            while checkpoints(killed) == seen and time.time() < until:
+                if kill % 2 and list(killed.glob("unfinished/checkpoint-*")):
+                    break
+                time.sleep(0.002)
+            time.sleep(chance.random() * (0.01 if kill % 2 else 0.05))
+            os.kill(pid, 9)
+            assert forking.ended() == -9
+            in_saving += (killed / "unfinished").exists()
+            for name in checkpoints(killed):
+                assert not broken(killed / name)
+                assert list(Weights(_model_file(killed / name)))
+        assert in_saving >= 1
+        # and passes over what is damaged
+        last = killed / checkpoints(killed)[-1]
+        _model_file(last).write_bytes(b"")
+        forking.start(stage2(mini, killed, None, *flags), log, stage=2)
+        assert forking.ended() == 0, log.read_text()[-2000:]
+    errors = log.read_text()
+    assert re.search(f"{last.name}: passed over, .* has 0 bytes of", errors)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     got, want = final(tmp_path / "killed"), final(tmp_path / "whole")
     assert got.keys() == want.keys() and len(want) > 10
@@ -209,7 +215,7 @@ def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, config, mo
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     started = time.time()
-    while not ((output / "checkpoint-2").exists() and (output / "unfinished").exists()):
+    while not ((output / "checkpoint-2").exists() and list(output.glob("unfinished/*"))):
         assert process.poll() is None and time.time() - started < 200
         time.sleep(0.002)
     os.killpg(process.pid, 9)
@@ -288,10 +294,18 @@ def test_script_of_the_real_run_as_it_is(mini, stage1, tmp_path):
 @pytest.mark.once
 @pytest.mark.e2e
 def test_wrong_settings_end_with_one_line(mini, tmp_path):
+    with Forking() as forking:
+        _wrong_settings(mini, tmp_path, forking)
+
+
+def _wrong_settings(mini, tmp_path, forking):
+    log = tmp_path / "log.txt"
+
     def refused(match, projector, *more):
-        done = run(sys.executable, *stage2(mini, tmp_path / "out", projector, "--use_cpu", "True", *more), check=False)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
-        assert re.search(match, done.stderr.strip().splitlines()[-1]), done.stderr[-500:]
+        log.unlink(missing_ok=True)
+        forking.start(stage2(mini, tmp_path / "out", projector, "--use_cpu", "True", *more), log, stage=2)
+        assert forking.ended() == 2 and "Traceback" not in log.read_text(), log.read_text()[-2000:]
+        assert re.search(match, log.read_text().strip().splitlines()[-1]), log.read_text()[-500:]
 
     refused("is stage 1: use scripts/pretrain_hacl.py", None, "--tune_mm_mlp_adapter", "True")
     refused("nowhere.bin", tmp_path / "nowhere.bin")
@@ -303,7 +317,13 @@ def test_wrong_settings_end_with_one_line(mini, tmp_path):
     refused("holds no mm_projector", tmp_path / "other.bin")
     (tmp_path / "out/checkpoint-8").mkdir(parents=True)
     (tmp_path / "out/checkpoint-8/adapter_config.json").write_text("{}")
+    (tmp_path / "out/checkpoint-8/trainer_state.json").write_text("{}")
     refused("checkpoint-8: is of a LoRA run, and cannot be gone on from", None)
+    refused("checkpoint-8: was saved without DeepSpeed", None, *LORA, "--deepspeed", "zero_configs/zero2.json")
+    for rank in range(2):
+        (tmp_path / f"out/checkpoint-8/rng_state_{rank}.pth").write_bytes(b"")
+    (tmp_path / "out/checkpoint-8/global_step8").mkdir()
+    refused("was saved by 2 ranks.* this run has 1. Start 2", None, *LORA, "--deepspeed", "zero_configs/zero2.json")
 
 
 def test_what_an_earlier_run_left_does_not_stay_beside_the_new(tmp_path):
