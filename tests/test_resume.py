@@ -322,11 +322,13 @@ def test_signals_reach_whom_they_should():
 # --- through the command line -----------------------------------------------------------------------------------------
 
 FORKING = """
-import json, os, sys
+import json, os, sys, time
 from hacl_llava import compat, integration, trainer
 import llava.train.train
 from hacl_llava.train import main
 
+written = os.fsync
+os.fsync = lambda file: (time.sleep(float(os.environ["HACL_TEST_DISK"])), written(file))
 for line in sys.stdin:
     stage, argv, log = json.loads(line)
     pid = os.fork()
@@ -342,11 +344,24 @@ for line in sys.stdin:
 
 
 class Forking:
-    """Runs the doors in copies of a process that has imported everything, which saves most of a start."""
+    """Runs the doors in copies of a process that has imported everything, which saves most of a start.
+
+    Args:
+        disk: seconds that the disk takes to have a file written: on one that takes none, no kill ever meets a save.
+    """
+
+    def __init__(self, disk=0.0):
+        self.env = {**os.environ, "HACL_TEST_DISK": str(disk)}
 
     def __enter__(self):
-        command = [sys.executable, "-c", FORKING]
-        self.parent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.parent = subprocess.Popen(
+            [sys.executable, "-c", FORKING],
+            cwd=ROOT,
+            env=self.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         return self
 
     def __exit__(self, *_):
@@ -370,7 +385,7 @@ def test_killed_again_and_again_in_one_process(mini, tmp_path):
     """SIGKILL, SIGTERM and others at random moments of loading, training and saving."""
     chance, kills, log = random.Random(8), int(os.environ.get("HACL_KILLS", 20)), tmp_path / "log.txt"
     codes, in_saving, out = [], 0, tmp_path / "killed"
-    with Forking() as forking:
+    with Forking(disk=0.01) as forking:
 
         def start(output):
             argv = stage1(mini, output, "--use_cpu", "True", "--num_train_epochs", "10")
