@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded default
 # make test    the tests that need neither a GPU nor a network
+# make bench   what HACL costs a step, on this machine: benchmarks/step.py
 # make venv    .venv with everything both need (the others call it)
 # make test-4.37 | test-4.57    the same tests on older transformers; make test-all: every version, with the slow tests
 
@@ -12,7 +13,7 @@ STACK_4.57 = transformers==4.57.6 accelerate==1.15.0 peft==0.21.2
 STACK_4.37 = transformers==4.37.2 accelerate==0.34.2 peft==0.10.0
 LLAVA = llava-torch==1.2.2.post1
 
-.PHONY: demo test test-slow test-4.37 test-4.57 test-all venv lint clean
+.PHONY: demo test bench test-slow test-4.37 test-4.57 test-all venv lint clean
 
 venv: .venv/.made
 
@@ -42,6 +43,9 @@ demo: venv
 
 test: venv
 	.venv/bin/python -m pytest
+
+bench: venv
+	.venv/bin/python benchmarks/step.py
 
 test-slow: venv
 	.venv/bin/python -m pytest -m 'e2e or distributed or once'

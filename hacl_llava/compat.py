@@ -294,6 +294,20 @@ def savable_generation_config(model):
         settings.do_sample = True
 
 
+def rotary(model, layer, states, value, positions):
+    """Cosines and sines ``[R, T, width of a head]`` of rotary positions, as a decoder layer of the LLM uses them.
+
+    They belong to the model since transformers 4.48, to each layer's attention before; first as tables by length, with
+    4.38 by position.
+    """
+    if hasattr(model, "rotary_emb"):
+        return model.rotary_emb(states, positions)
+    embedding = layer.self_attn.rotary_emb
+    if "position_ids" in _parameters(embedding.forward):
+        return embedding(value, positions)
+    return [table[positions] for table in embedding(value, seq_len=value.shape[-2])]
+
+
 def end_in_order():
     """Close the process groups when the interpreter ends; for a process that is through with its work."""
     atexit.unregister(_close_process_groups)
@@ -357,6 +371,8 @@ _random_states()
 _resuming_under_deepspeed()
 _fork_beside_gloo()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
+from transformers.models.llama.modeling_llama import rotate_half  # noqa: E402, F401  (not before the shims)
+
 for _class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
     _forward_arguments(_class)
     _quantized_loading(_class)

@@ -9,6 +9,7 @@ import torch
 
 from . import compat  # noqa: F401  (before llava)
 from .config import RunSettings, on_first_rank
+from .layout import pack
 from .records import (
     DataError,
     caption_of,
@@ -281,7 +282,8 @@ class HaclCollator:
 
     Adds ``caption_ids`` ``[B, n]`` and ``caption_lengths`` ``[B]``, and, where the dataset has hallucinated captions,
     ``hallucinated_ids`` ``[B, K, n']`` and ``hallucinated_lengths`` ``[B, K]``. A length of 0 marks what is missing.
-    Lengths say where EOS is: a literal ``</s>`` inside a caption does no harm.
+    Lengths say where EOS is: a literal ``</s>`` inside a caption does no harm. And how these
+    texts fit into few rows: ``packed_texts``, ``packed_columns``, ``packed_starts``, ``packed_at`` (`layout.pack`).
     """
 
     def __init__(self, tokenizer):
@@ -305,7 +307,9 @@ class HaclCollator:
             ids, lengths = self._pad([row for rows in hallucinated for row in rows])
             batch["hallucinated_ids"] = ids.view(len(instances), K, -1)
             batch["hallucinated_lengths"] = lengths.view(len(instances), K)
-        return batch
+        texts = batch["caption_lengths"].tolist() + (lengths.tolist() if K else [])
+        names = ("packed_texts", "packed_columns", "packed_starts", "packed_at")
+        return batch | {name: tensor[None] for name, tensor in zip(names, pack(texts))}
 
 
 class WithRecordIndices:

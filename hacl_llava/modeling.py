@@ -4,6 +4,7 @@ Shapes: B batch, T tokens of a row after the image is spliced in, m visual token
 captions per image, D hidden size, P head size.
 """
 
+import contextlib
 import json
 import math
 import warnings
@@ -17,8 +18,9 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoint import is_whole
-from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
+from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, rotary, rotate_half
 from .config import HaclConfig, HaclError
+from .layout import pack, splice
 from .loss import HaclLoss
 
 IGNORE_INDEX = -100  # as llava.constants; labels without loss
@@ -249,6 +251,10 @@ class HaclMixin:
         caption_lengths=None,
         hallucinated_ids=None,
         hallucinated_lengths=None,
+        packed_texts=None,
+        packed_columns=None,
+        packed_starts=None,
+        packed_at=None,
     ):
         """LLaVA's forward, and with captions HACL's training loss (arXiv 2312.06968).
 
@@ -257,6 +263,9 @@ class HaclMixin:
             caption_lengths: ``[B]`` tokens of each caption, EOS included; 0 where a record has none.
             hallucinated_ids: ``[B, K, n']``, or None.
             hallucinated_lengths: ``[B, K]``; 0 where a hallucinated caption is missing.
+            packed_texts, packed_columns, packed_starts, packed_at: ``[1, ...]``, `layout.pack` of captions, then
+                hallucinated captions; without them, or if they are those of another batch than this one (some of its
+                rows, say), each text is a row of its own.
 
         Returns:
             With captions, only ``loss`` = loss_lm + weight * (loss_i2t + loss_t2i) / 2; its parts are added to
@@ -286,49 +295,76 @@ class HaclMixin:
         if self.hacl_fused is None:
             self._check_fused(input_ids.device)
 
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-        before = attention_mask.bool()
-        is_image = (input_ids == IMAGE_TOKEN_INDEX) & before
-        # Once: this runs the vision tower.
-        _, _, mask, _, embeds, labels = self.prepare_inputs_labels_for_multimodal(
-            input_ids, None, before, None, labels, images, image_sizes
-        )
-        equal = torch.is_tensor(images) and images.ndim == 4
-        image_start, prefix, whole = self._image_span(before, is_image, mask, equal)
-        if self.hacl_fused:
-            loss_lm, e_v = self._fused_pass(embeds, mask, labels, prefix)
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if torch.is_tensor(images) and images.ndim == 4:
+            spliced = self._splice(input_ids, mask, labels, images)
         else:
-            loss_lm, e_v = self._separate_passes(embeds, mask, labels, image_start, prefix)
-        e_text = self._text_pass(caption_ids, caption_lengths, hallucinated_ids, hallucinated_lengths)
+            spliced = self._splice_any(input_ids, mask, labels, images, image_sizes)
+        embeds, mask, labels, predicting, start, prefix, whole = spliced
+        texts = caption_ids, caption_lengths, hallucinated_ids, hallucinated_lengths
+        if self.hacl_fused:
+            loss_lm, e_v = self._fused_pass(embeds, mask, labels, prefix, predicting)
+            packed = packed_texts, packed_columns, packed_starts, packed_at
+            e_text = self._packed_text_pass(*texts, packed=packed)
+        else:
+            loss_lm, e_v = self._separate_passes(embeds, mask, labels, start, prefix)
+            e_text = self._text_pass(*texts)
         return CausalLMOutputWithPast(
             loss=loss_lm
             + self.hacl_config.weight
             * self._contrast(loss_lm, e_v, e_text, whole & (caption_lengths > 0), hallucinated_lengths)
         )
 
-    def _image_span(self, before, is_image, after, equal):
-        """Find the image in each row after splicing.
-
-        Args:
-            before, after: ``[B, *]`` bool, which columns hold a token, before and after splicing.
-            is_image: where the placeholder is.
-            equal: whether all images have the same number of visual tokens.
+    def _splice(self, ids, mask, labels, images):
+        """LLaVA's rows with their images in them, for images of one size: one gather in place of loops over rows.
 
         Returns:
-            Its first column, the column behind it, and whether there is exactly one and all of it; each ``[B]``.
-            A row without gets the span of one token: it passes through the LLM like the others, and is masked.
+            ``[B, T, D]`` embeddings, ``[B, T]`` mask and labels; ``[B, S]`` columns, among them all whose next one has
+            a label, the rest -1; of the image in each row its first column, the column behind it, and whether there is
+            exactly one and all of it, each ``[B]``. A row without gets the span of one token: it passes through the
+            LLM like the others, and is masked.
         """
-        start, lengths = is_image.int().argmax(1), after.sum(1)
+        is_image = (ids == IMAGE_TOKEN_INDEX) & mask
+        features = self.encode_images(images)  # once: this runs the vision tower
+        (B, n), m = ids.shape, features.shape[1]
+        # Each row takes an image, even one that shows none: what a row can take beyond is no secret of the device.
+        most = max(len(features) - B + 1, 1)
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        length = n + (m - 1) * most
+        length = length if limit is None else min(length, limit)
+        tokens = torch.where(is_image, m, mask.long())
+        held, column, image, number, offset, start = splice(length, is_image, tokens)
+        texts = self._embed(ids.masked_fill(is_image, 0))
+        # Where nothing stands, any row of the table will do.
+        row = torch.arange(B, device=ids.device)[:, None] * n + column
+        number = number.clamp(max=len(features) - 1)
+        source = torch.where(image, B * n + number * m + offset, row)
+        table = torch.cat([texts.flatten(0, 1), features.flatten(0, 1).to(texts.device)])
+        embeds = table.index_select(0, source.flatten()).view(B, length, -1)
+        labels = labels.gather(1, column).masked_fill(image | ~held, IGNORE_INDEX)
+        # All text may have labels, as behind the image in stage 1; so the text is what is looked at.
+        predicting = start[:, 1:] - 1
+        predicting = predicting.masked_fill((tokens[:, 1:] != 1) | (predicting < 0) | (predicting > length - 2), -1)
+        first = start.gather(1, is_image.int().argmax(1, keepdim=True))[:, 0]
+        whole = (is_image.sum(1) == 1) & (first + m <= length)
+        span = torch.where(whole, first, 0), torch.where(whole, first + m, 1), whole
+        return embeds, held, labels, predicting, *span
+
+    def _splice_any(self, ids, mask, labels, images, image_sizes):
+        """The same for images of several sizes, by LLaVA's own loops."""
+        is_image = (ids == IMAGE_TOKEN_INDEX) & mask
+        _, _, after, _, embeds, labels = self.prepare_inputs_labels_for_multimodal(
+            ids, None, mask, None, labels, images, image_sizes
+        )
         # A row grows by the visual tokens of its image, less the placeholder; a row that was cut does not tell.
-        grown, whole = lengths - before.sum(1) + 1, is_image.sum(1) == 1
+        first, lengths, whole = is_image.int().argmax(1), after.sum(1), is_image.sum(1) == 1
+        behind = first + lengths - mask.sum(1) + 1
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is not None:
-            cut = lengths >= limit
-            known = torch.where(whole & ~cut, grown, 0).amax() if equal else torch.zeros_like(grown[0])
-            whole = whole & (~cut | ((known > 0) & (start + known <= limit)))
-            grown = torch.where(cut, known, grown)
-        return torch.where(whole, start, 0), torch.where(whole, start + grown, 1), whole
+            whole = whole & (lengths < limit)
+        labelled = labels[:, 1:] != IGNORE_INDEX
+        predicting = labelled.int().topk(max(int(labelled.sum(1).max()), 1)).indices
+        return embeds, after, labels, predicting, torch.where(whole, first, 0), torch.where(whole, behind, 1), whole
 
     def _embed(self, ids):
         return self.get_model().embed_tokens(ids)
@@ -343,32 +379,47 @@ class HaclMixin:
             inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False, return_dict=True
         )[0]
 
-    def _fused_states(self, embeds, mask, prefix):
+    def _hidden_at(self, embeds, see, positions, columns):
+        """Last-layer states of some columns of a pass: of the others, the last layer computes keys and values alone.
+
+        Args:
+            embeds: ``[R, T, D]``. see: ``[R, T, T]`` bool, which columns a column sees. positions: ``[R, T]``.
+            columns: ``[R, S]``.
+
+        Returns:
+            ``[R, S, D]``.
+        """
+        with _without_last_layer(self.get_model()) as (layer, norm):
+            # A boolean mask, True = see, and sdpa: the one form that every supported transformers version reads right.
+            states = self._hidden(embeds, see[:, None], positions)
+        see = see.gather(1, columns[..., None].expand(-1, -1, see.shape[2]))
+        return norm(_last_layer(self.get_model(), layer, states, see, positions, columns))
+
+    def _fused_states(self, embeds, mask, prefix, columns):
         """One pass for generation and e_v: EOS stands in an extra last column, at the position right behind the image,
         and sees only the columns before that and itself; nothing sees it.
 
         Returns:
-            ``[B, T + 1, D]``; the last column is e_v.
+            ``[B, S + 1, D]``: the states of ``columns``, ``[B, S]``, then e_v.
         """
         B, T = mask.shape
         device = embeds.device
-        columns = torch.arange(T + 1, device=device)
-        # A boolean mask, True = see, and sdpa: the one form that every supported transformers version reads right.
-        see = (columns[None, :] <= columns[:, None])[None] & F.pad(mask.bool(), (0, 1), value=True)[:, None, :]
-        eos_sees = (columns[None] < prefix[:, None]) | (columns[None] == T)
+        every = torch.arange(T + 1, device=device)
+        see = (every[None, :] <= every[:, None])[None] & F.pad(mask.bool(), (0, 1), value=True)[:, None, :]
+        eos_sees = (every[None] < prefix[:, None]) | (every[None] == T)
         see = torch.cat([see[:, :T], eos_sees[:, None]], dim=1)
-        positions = columns.expand(B, -1).clone()
+        positions = every.expand(B, -1).clone()
         positions[:, T] = prefix
-        return self._hidden(torch.cat([embeds, self._eos(embeds)], dim=1), see[:, None], positions)
+        columns = F.pad(columns, (0, 1), value=T)
+        return self._hidden_at(torch.cat([embeds, self._eos(embeds)], dim=1), see, positions, columns)
 
-    def _fused_pass(self, embeds, mask, labels, prefix):
-        states = self._fused_states(embeds, mask, prefix)
-        # Logits only where there is a label to predict: some 25 of 600 positions.
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        states_lm, targets = states[:, :-2][supervised], labels[:, 1:][supervised]
-        logits = self.lm_head(states_lm).float()
-        loss_lm = F.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
-        return loss_lm, states[:, -1]
+    def _fused_pass(self, embeds, mask, labels, prefix, columns):
+        """loss_lm, with logits only where there may be a label to predict, some 30 of 600 positions; and e_v."""
+        states = self._fused_states(embeds, mask, prefix, columns.clamp(min=0))
+        targets = labels[:, 1:].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, IGNORE_INDEX)
+        logits = self.lm_head(states[:, :-1]).float().flatten(0, 1)
+        loss_lm = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return loss_lm / (targets != IGNORE_INDEX).sum().clamp(min=1), states[:, -1]
 
     def _separate_passes(self, embeds, mask, labels, image_start, prefix):
         """The plain form: LLaVA's own forward, then a pass over ``[BOS, image, EOS]`` (without BOS if so set)."""
@@ -388,21 +439,40 @@ class HaclMixin:
         states = self._hidden(rows, columns[None] <= length[:, None])
         return states[torch.arange(len(states), device=states.device), length]
 
-    def _text_pass(self, caption_ids, caption_lengths, hallucinated_ids, hallucinated_lengths):
-        """e_t and e_h in one pass: ``[B + B * K, D]``, captions first; no graph while nothing in the LLM trains."""
+    def _texts(self, caption_ids, caption_lengths, hallucinated_ids, hallucinated_lengths):
+        """Captions, then hallucinated ones: ids ``[B + B * K, n]`` and lengths, at least 1."""
         ids, lengths = [caption_ids], [caption_lengths]
         if hallucinated_ids is not None and hallucinated_ids.shape[1]:
             ids.append(hallucinated_ids.flatten(0, 1))
             lengths.append(hallucinated_lengths.flatten())
         width = max(x.shape[1] for x in ids)
         ids = torch.cat([F.pad(x, (0, width - x.shape[1])) for x in ids])
-        lengths = torch.cat(lengths).clamp(min=1)  # a missing caption is one masked token: the pass has the same rows
-        columns = torch.arange(width, device=ids.device)
+        # a missing caption is one masked token: the pass has the same rows
+        return ids, torch.cat(lengths).clamp(min=1)
+
+    def _text_pass(self, *texts):
+        """e_t and e_h in one pass: ``[B + B * K, D]``, captions first; no graph while nothing in the LLM trains."""
+        ids, lengths = self._texts(*texts)
+        columns = torch.arange(ids.shape[1], device=ids.device)
         # Asked of the parameters, not of a flag: LoRA, stage 2 or trained embeddings need the graph.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._llm_trains()):
-            embeds = self._embed(ids)
-            states = self._hidden(embeds, columns[None] < lengths[:, None])
+            states = self._hidden(self._embed(ids), columns[None] < lengths[:, None])
             return states[torch.arange(len(ids), device=ids.device), lengths - 1]
+
+    def _packed_text_pass(self, *texts, packed):
+        """The same from rows of several texts that do not see each other (``packed``: see `layout.pack`)."""
+        ids, lengths = self._texts(*texts)
+        if packed[-1] is None or packed[-1].shape != (1, len(ids)):
+            owner = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+            columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            starts, at = torch.zeros_like(ids[:, :1]), owner[:, 0]
+        else:
+            owner, columns, starts, at = (x[0] for x in packed)
+            ids = ids[owner, columns]  # where there is no text, the last one's; nobody sees it
+        ends = starts.flatten().index_add(0, at, lengths - 1).view_as(starts)
+        see = (owner[:, :, None] == owner[:, None, :]).tril()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._llm_trains()):
+            return self._hidden_at(self._embed(ids), see, columns, ends).flatten(0, 1)[at]
 
     def _llm_trains(self):
         outside = ("mm_projector", "vision_tower", "image_newline")
@@ -487,8 +557,13 @@ class HaclMixin:
             embeds = self._embed(ids)
             plain = self._hidden(embeds, mask)
             alone = self._visual_pass(embeds, torch.zeros_like(prefix), prefix)
+            texts = ids, mask.sum(1), None, None
+            apart = self._text_pass(*texts)
             try:
-                fused = self._fused_states(embeds, mask, prefix)
+                every = torch.arange(mask.shape[1], device=device).expand_as(mask)
+                fused = self._fused_states(embeds, mask, prefix, every)
+                packed = [x[None].to(device) for x in pack([9, 7])]
+                together = self._packed_text_pass(*texts, packed=packed)
                 problem = None
             except Exception as error:  # an attention implementation that refuses the mask
                 fused, problem = None, f"{type(error).__name__}: {error}"
@@ -500,7 +575,8 @@ class HaclMixin:
             def difference(a, b):
                 return ((a - b).float().norm() / b.float().norm().clamp(min=1e-9)).item()
 
-            found = max(difference(fused[:, -1], alone), difference(fused[:, :-1][mask], plain[mask]))
+            pairs = (fused[:, -1], alone), (fused[:, :-1][mask], plain[mask]), (together, apart)
+            found = max(difference(*pair) for pair in pairs)
             if not found <= allowed:
                 problem = f"its states differ from separate passes by {found:.2g} (relative; allowed {allowed:g})"
         right = torch.tensor([0.0 if problem else 1.0], device=device)
@@ -515,6 +591,45 @@ class HaclMixin:
                 "the same result more slowly; attn_implementation='sdpa' has the fused step.",
                 stacklevel=2,
             )
+
+
+@contextlib.contextmanager
+def _without_last_layer(model):
+    """Inside, a call of the LLM ends before its last layer and has no last norm: those two are handed out."""
+    layers, norm = model.layers, model.norm
+    model.layers, model.norm = layers[:-1], nn.Identity()
+    try:
+        yield layers[-1], norm
+    finally:
+        model.layers, model.norm = layers, norm
+
+
+def _last_layer(model, layer, states, see, positions, columns):
+    """A decoder layer of Llama or Mistral at some columns only (arguments as in `HaclMixin._hidden_at`)."""
+    attention = layer.self_attn
+    width = attention.head_dim
+    at = columns[..., None].expand(-1, -1, states.shape[-1])
+
+    def heads(x):
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    normed = layer.input_layernorm(states)
+    query = heads(attention.q_proj(normed.gather(1, at)))
+    key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+    cos, sin = rotary(model, layer, states, value, positions)
+    at_heads = columns[..., None].expand(-1, -1, width)
+    query = query * cos.gather(1, at_heads)[:, None] + rotate_half(query) * sin.gather(1, at_heads)[:, None]
+    key = key * cos[:, None] + rotate_half(key) * sin[:, None]
+    groups = query.shape[1] // key.shape[1]
+    found = F.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(groups, 1) if groups > 1 else key,
+        value.repeat_interleave(groups, 1) if groups > 1 else value,
+        attn_mask=see[:, None],
+        dropout_p=attention.attention_dropout if layer.training else 0.0,
+    )
+    states = states.gather(1, at) + attention.o_proj(found.transpose(1, 2).flatten(2))
+    return states + layer.mlp(layer.post_attention_layernorm(states))
 
 
 def _zero3():

@@ -120,7 +120,7 @@ def test_public_names_resolve():
 
 
 FLOORS = {
-    "config": 0, "loss": 0, "miniature": 0, "compat": 1, "records": 1, "checkpoint": 1, "patching": 1,
+    "config": 0, "loss": 0, "layout": 0, "miniature": 0, "compat": 1, "records": 1, "checkpoint": 1, "patching": 1,
     "hub": 2, "hallucinate": 2, "modeling": 2, "data": 2, "guard": 2,
     "resume": 2, "check": 3, "trainer": 3, "loading": 3, "integration": 4, "chat": 4,
     "train": 5, "demo": 5, "evaluation": 5, "cli": 6,

@@ -104,6 +104,7 @@ def test_stock_part_of_a_batch_is_stock(mini, setup, records):
     want = stock.DataCollatorForSupervisedDataset(tokenizer)([data[i] for i in range(5)])
     assert set(batch) - set(want) == {
         "caption_ids", "caption_lengths", "hallucinated_ids", "hallucinated_lengths",
+        "packed_texts", "packed_columns", "packed_starts", "packed_at",
     }  # fmt: skip
     assert all(torch.equal(batch[k], want[k]) for k in want)
 

@@ -123,7 +123,7 @@ def model_worker(rank, world, paths, settings, zero=False):
     mini = types.SimpleNamespace(**paths)
     model, tokenizer = load(mini, **settings)
     batch = equal_rows(model, tokenizer, mini)
-    mine = {k: v.chunk(world)[rank] for k, v in batch.items()}
+    mine = {k: v.chunk(world)[rank] for k, v in batch.items() if not k.startswith("packed_")}
     if rank == 1:  # different padding on different ranks
         mine["caption_ids"] = torch.nn.functional.pad(mine["caption_ids"], (0, 3))
     wrapped = torch.nn.parallel.DistributedDataParallel(model)

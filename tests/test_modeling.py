@@ -93,35 +93,27 @@ def test_controls_eos_that_sees_the_caption_or_stands_elsewhere_fails(mini, mixe
     batch = batch_of(mini, model, tokenizer, range(7), mixed)
     want = reference(model, batch)
     assert_same(run(model, batch), want)
-    fused_states, hidden = model._fused_states, model._hidden
+    hidden_at = model._hidden_at
 
-    def sees_one_column_more(embeds, mask, prefix):
-        def wider(x, m, p=None):
-            if p is None:  # the text pass
-                return hidden(x, m)
-            m = m.clone()
-            m[:, 0, -1] = m[:, 0, -1] | (torch.arange(m.shape[-1])[None] == prefix[:, None])
-            return hidden(x, m, p)
+    def sees_one_column_more(embeds, see, positions, columns):
+        prefix = positions[:, -1]  # of the generation pass, where EOS stands behind all
+        if columns.shape[1] > 1 and (prefix < see.shape[1] - 1).all():
+            see = see.clone()
+            see[:, -1] |= torch.arange(see.shape[1])[None] == prefix[:, None]
+        return hidden_at(embeds, see, positions, columns)
 
-        monkeypatch.setattr(model, "_hidden", wider)
-        return fused_states(embeds, mask, prefix)
-
-    def wrong_position(embeds, mask, prefix):
-        def moved(x, m, p=None):
-            if p is None:
-                return hidden(x, m)
-            p = p.clone()
-            p[:, -1] += 1
-            return hidden(x, m, p)
-
-        monkeypatch.setattr(model, "_hidden", moved)
-        return fused_states(embeds, mask, prefix)
+    def wrong_position(embeds, see, positions, columns):
+        if len(see) == 7:
+            positions = positions.clone()
+            positions[:, -1] += 1
+        return hidden_at(embeds, see, positions, columns)
 
     for broken in (sees_one_column_more, wrong_position):
-        monkeypatch.setattr(model, "_fused_states", broken)
-        monkeypatch.setattr(model, "_hidden", hidden)
+        monkeypatch.setattr(model, "_hidden_at", broken)
         with pytest.raises(AssertionError):
             assert_same(run(model, batch), want)
+        monkeypatch.setattr(model, "_hidden_at", hidden_at)
+    assert_same(run(model, batch), want)
 
 
 def test_released_visual_row_without_bos(mini, records):
@@ -175,15 +167,15 @@ def test_gradient_through_texts_of_a_trained_llm(mini):
     assert any("embed_tokens" in name for name in got[4])
 
 
-def test_lm_head_sees_supervised_positions_only_and_vision_tower_runs_once(mini):
+def test_lm_head_sees_text_only_and_vision_tower_runs_once(mini):
     model, tokenizer = load(mini)
     batch = batch_of(mini, model, tokenizer)
     model(**batch)
     seen, towers = [], []
-    model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape[0]))
+    model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape[:2]))
     model.get_vision_tower().register_forward_hook(lambda m, i, o: towers.append(1))
     model(**batch)
-    assert seen == [(batch["labels"][:, 1:] != -100).sum()] and towers == [1]
+    assert seen == [(6, batch["input_ids"].shape[1] - 1)] and towers == [1]
 
 
 def test_row_cut_inside_or_behind_its_image(mini, records):
@@ -340,7 +332,7 @@ def test_left_padding_is_refused(mini):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_every_batch_takes_the_same_passes(mini, mixed, fused):
-    """Whatever a batch holds, the LLM runs as often and over as many rows: ranks under ZeRO-3 must not part."""
+    """Whatever a batch holds, the modules that hold weights run in one order: ranks under ZeRO-3 must not part."""
     mixed.append(copy.deepcopy(mixed[4]))  # a second record without an image
     model, tokenizer = load(mini, fused=fused)
     batches = {
@@ -351,13 +343,20 @@ def test_every_batch_takes_the_same_passes(mini, mixed, fused):
     }
     seen = {}
     model(**batch_of(mini, model, tokenizer, (0, 1), mixed))  # with the self-check
-    hook = model.get_model().layers[0].register_forward_hook(lambda m, i, o: rows.append(i[0].shape[0]))
+    order = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
     for name, indices in batches.items():
-        rows = []
+        order.clear()
         model(**batch_of(mini, model, tokenizer, indices, mixed)).loss.backward()
-        seen[name] = rows
-    hook.remove()
-    assert set(map(tuple, seen.values())) == {(2, 6) if fused else (2, 2, 6)}, seen
+        seen[name] = tuple(order)
+    for hook in hooks:
+        hook.remove()
+    assert len(set(seen.values())) == 1, seen
+    assert seen["images"].count("model.layers.1.mlp.up_proj") == (2 if fused else 3)
 
 
 def test_a_step_does_not_repeat_what_others_say_once(mini):

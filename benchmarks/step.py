@@ -1,0 +1,633 @@
+"""What HACL costs a training step of stage 1: stock LLaVA's step, HACL as released, ours, and ours without each idea.
+
+    python benchmarks/step.py                sizes for a CPU, some minutes (make bench)
+    python benchmarks/step.py --shape 7b     on a GPU: time, memory, and the largest batch that fits
+
+A 7B step's FLOPs and peak memory are counted in any case, from the sizes of its tensors, with nothing computed. Weights
+and pixels are random: no time depends on them. Times are ratios to stock LLaVA's step in the same round; the order of a
+round is drawn anew. Writes benchmarks/results/step-NAME.json, .md and .png.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+import types
+import weakref
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hacl_llava import compat  # noqa: E402, F401, I001  (before llava)
+from hacl_llava.config import HaclConfig  # noqa: E402
+from hacl_llava.data import HaclCollator  # noqa: E402
+from hacl_llava.evaluation import provenance, write_json, write_text  # noqa: E402
+from hacl_llava.modeling import IGNORE_INDEX, HaclLlavaLlamaForCausalLM  # noqa: E402
+
+# hidden, intermediate, layers, heads, vocabulary; the vision tower's hidden size and layers. The output layer has the
+# same share of the weights in each, so that what logits cost does not mislead.
+SHAPES = {
+    "tiny": ((128, 344, 4, 2, 500), (32, 1)),
+    "small": ((512, 1376, 12, 8, 2500), (128, 2)),
+    "1b": ((2048, 5504, 24, 16, 24000), (1024, 23)),
+    "7b": ((4096, 11008, 32, 32, 32000), (1024, 23)),
+}
+VISUAL = 576
+MEAN_TOKENS = 28  # of a caption: what a Llama tokenizer makes of LLaVA's 558k, on average
+SEED = 1
+
+
+# --- the model and its batches ----------------------------------------------------------------------------------------
+
+
+def make_model(shape, device, dtype, checkpointing):
+    """LLaVA on random weights, set up as for stage 1, with HACL."""
+    import transformers
+    from llava.model.language_model.llava_llama import LlavaConfig
+
+    (hidden, intermediate, layers, n_heads, vocabulary), (tower_hidden, tower_layers) = SHAPES[shape]
+    config = LlavaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=tower_hidden,
+        intermediate_size=4 * tower_hidden,
+        num_hidden_layers=tower_layers + 1,  # LLaVA reads the layer before the last
+        num_attention_heads=max(1, tower_hidden // 64),
+        image_size=336,
+        patch_size=14,
+    )
+    torch.manual_seed(SEED)
+    with torch.device(device), _dtype(dtype):
+        model = HaclLlavaLlamaForCausalLM._from_config(config)
+        vision = transformers.CLIPVisionModel(tower)
+    model.get_model().vision_tower = _Tower(vision)
+    projector = types.SimpleNamespace(mm_projector_type="mlp2x_gelu", mm_hidden_size=tower_hidden, hidden_size=hidden)
+    from llava.model.multimodal_projector.builder import build_vision_projector
+
+    with torch.device(device), _dtype(dtype):
+        model.get_model().mm_projector = build_vision_projector(projector)
+    model.requires_grad_(False)
+    model.get_model().mm_projector.requires_grad_(True)
+    model.config.use_cache = False
+    model.config.tokenizer_model_max_length = 2048
+    with torch.device(device), _dtype(dtype):
+        model.enable_hacl(HaclConfig(), 2)
+    model.hacl_head.to(dtype)
+    model.train()
+    if checkpointing:
+        model.enable_input_require_grads()  # as LLaVA's train() does
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    return model
+
+
+@contextlib.contextmanager
+def _dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Tower(torch.nn.Module):
+    """LLaVA's CLIPVisionTower without its files."""
+
+    def __init__(self, vision):
+        super().__init__()
+        self.vision_tower = vision
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+
+def caption_lengths(count, mean, rng):
+    """Token counts spread as the words of COCO's human captions are, with this mean."""
+    words = [
+        len(record["conversations"][1]["value"].split())
+        for record in json.loads((ROOT / "tests/data/coco_captions.json").read_text())
+    ]
+    scale = mean / statistics.mean(words)
+    return [max(2, round(rng.choice(words) * scale)) for _ in range(count)]
+
+
+def make_batch(shape, device, dtype, images, captions, mean):
+    """A batch of ``images``, each with so many hallucinated captions, from the real collator."""
+    vocabulary, rng = SHAPES[shape][0][4], random.Random(SEED)
+    tokenizer = types.SimpleNamespace(pad_token_id=0, model_max_length=2048)
+
+    def words(n):
+        return torch.tensor([rng.randrange(3, vocabulary) for _ in range(n)])
+
+    bos, eos, image = torch.tensor([1]), torch.tensor([2]), torch.tensor([-200])
+    rows = []
+    for n in caption_lengths(images, mean, rng):
+        caption = words(n)
+        hallucinated = [torch.cat([bos, words(m), eos]) for m in caption_lengths(captions, mean, rng)]
+        ids = torch.cat([bos, image, caption, words(1)])  # the template's line break
+        labels = torch.cat([torch.full((2,), IGNORE_INDEX), ids[2:]])
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": labels,
+                "image": torch.zeros(3, 336, 336),
+                "caption_ids": torch.cat([bos, caption, eos]),
+                "hallucinated_ids": hallucinated,
+            }
+        )
+    batch = {k: v.to(device) for k, v in HaclCollator(tokenizer)(rows).items()}
+    batch["images"] = torch.randn(images, 3, 336, 336, device=device, dtype=dtype)
+    return batch
+
+
+# --- the steps compared -----------------------------------------------------------------------------------------------
+
+
+def stock_step(model, batch):
+    """A: LLaVA's own step."""
+    return model(**{k: batch[k] for k in ("input_ids", "labels", "attention_mask", "images")}).loss
+
+
+def stock_step_counted(model, batch):
+    """A without its loops over rows, which sizes alone cannot follow: the LLM's work is the same."""
+    embeds, mask, labels, *_ = _spliced(model, batch)
+    return super(type(model), model).forward(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+
+
+def stock_step_few_logits(model, batch):
+    """A with logits only where there is a label, so that nobody takes that for HACL's doing."""
+    embeds, mask, labels, columns, *_ = _spliced(model, batch)
+    states = model._hidden(embeds, mask)
+    at = columns.clamp(min=0)
+    states = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
+    targets = labels[:, 1:].gather(1, at).masked_fill(columns < 0, IGNORE_INDEX)
+    logits = model.lm_head(states).float().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def _spliced(model, batch):
+    return model._splice(*(batch[k] for k in ("input_ids", "attention_mask", "labels", "images")))
+
+
+def released_step(model, batch):
+    """B: four passes with gradient, each padded, logits at every position."""
+    if isinstance(batch["input_ids"], FAKE):
+        embeds, mask, labels, _, start, prefix, whole = _spliced(model, batch)
+    else:
+        embeds, mask, labels, _, start, prefix, whole = model._splice_any(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], batch["images"], None
+        )
+    loss_lm = super(type(model), model).forward(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+    visual = torch.cat([embeds[:, 1 : 1 + VISUAL], model._eos(embeds)], dim=1)
+    e_v = model._hidden(visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device))[:, -1]
+    with replaced(model, _llm_trains=lambda: True):
+        e_t = model._text_pass(batch["caption_ids"], batch["caption_lengths"], None, None)
+        e_h = model._text_pass(
+            batch["hallucinated_ids"].flatten(0, 1), batch["hallucinated_lengths"].flatten(), None, None
+        )
+    counts = whole & (batch["caption_lengths"] > 0)
+    contrast = model._contrast(loss_lm, e_v, torch.cat([e_t, e_h]), counts, batch["hallucinated_lengths"])
+    return loss_lm + contrast
+
+
+def our_step(model, batch):
+    """C."""
+    return model(**batch).loss
+
+
+@contextlib.contextmanager
+def replaced(model, **methods):
+    for name, value in methods.items():
+        setattr(model, name, value)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(model, name)
+
+
+def without(idea):
+    """C without one of its ideas; the loss is the same."""
+
+    def step(model, batch):
+        if idea == "packed texts":
+            return our_step(model, {k: v for k, v in batch.items() if not k.startswith("packed_")})
+        if idea == "texts without graph":
+            return _with(model, batch, _llm_trains=lambda: True)
+        if idea == "last layer where needed":
+            return _with(model, batch, _hidden_at=lambda *a: _whole_last_layer(model, *a))
+        if idea == "few logits":
+            return _with(model, batch, _fused_pass=lambda *a: _all_logits(model, *a))
+        if idea == "one pass for e_v and loss":
+            return _with(model, batch, _fused_pass=lambda *a: _two_passes(model, *a))
+        if idea == ONE_SPLICE:
+            loops = lambda ids, mask, labels, images, *_: model._splice_any(ids, mask, labels, images, None)  # noqa: E731
+            return _with(model, batch, _splice=loops)
+        raise ValueError(idea)
+
+    return step
+
+
+ONE_SPLICE = "one splice"
+IDEAS = (
+    "one pass for e_v and loss",
+    "texts without graph",
+    "few logits",
+    "packed texts",
+    "last layer where needed",
+    ONE_SPLICE,
+)
+
+
+def _with(model, batch, **methods):
+    with replaced(model, **methods):
+        return our_step(model, batch)
+
+
+def _whole_last_layer(model, embeds, see, positions, columns):
+    states = model._hidden(embeds, see[:, None], positions)
+    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _all_logits(model, embeds, mask, labels, prefix, columns):
+    every = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    states = model._fused_states(embeds, mask, prefix, every)
+    logits = model.lm_head(states[:, :-2]).float()
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX), states[:, -1]
+
+
+def _two_passes(model, embeds, mask, labels, prefix, columns):
+    B, T = mask.shape
+    every = torch.arange(T, device=embeds.device)
+    see = (every[None, :] <= every[:, None])[None] & mask[:, None, :]
+    at = columns.clamp(min=0)
+    states = model._hidden_at(embeds, see, every.expand(B, -1), at)
+    targets = labels[:, 1:].gather(1, at).masked_fill(columns < 0, IGNORE_INDEX)
+    logits = model.lm_head(states).float().flatten(0, 1)
+    loss_lm = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+    visual = torch.cat([embeds[:, : 1 + VISUAL], model._eos(embeds)], dim=1)
+    every = torch.arange(visual.shape[1], device=embeds.device)
+    see = (every[None, :] <= every[:, None])[None].expand(B, -1, -1)
+    last = torch.full((B, 1), VISUAL + 1, device=embeds.device)
+    return loss_lm, model._hidden_at(visual, see, every.expand(B, -1), last)[:, 0]
+
+
+STEPS = {
+    "A: stock LLaVA": stock_step,
+    "A with few logits": stock_step_few_logits,
+    "B: HACL as released": released_step,
+    "C: HACL here": our_step,
+    **{f"C without: {idea}": without(idea) for idea in IDEAS},
+}
+FAKE = torch._subclasses.FakeTensor
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that live at once, above those that were there before."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if torch.is_tensor(tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage):
+        key = storage._cdata
+        if key in self.known or key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.live += self.sizes[key]
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key):
+        self.live -= self.sizes.pop(key, 0)
+
+
+def train(step, model, batch):
+    model.zero_grad(set_to_none=True)
+    step(model, batch).backward()
+
+
+def count(step, model, batch):
+    """FLOPs (forward and backward, matrix products and attention), tokens through the LLM, peak bytes."""
+    tokens = []
+    hook = model.get_model().layers[0].register_forward_hook(lambda m, a, out: tokens.append(a[0].shape[:2].numel()))
+    with FlopCounterMode(display=False) as flops:
+        train(step, model, batch)
+    hook.remove()
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    with Peak([*model.parameters(), *model.buffers(), *batch.values()]) as peak:
+        train(step, model, batch)
+    passes = len(tokens)
+    return {"flops": flops.get_total_flops(), "tokens": sum(tokens), "llm_passes": passes, "peak_bytes": peak.peak}
+
+
+def measure_time(steps, model, batch, rounds, device):
+    """``{name: [seconds of each round]}``, all steps in each round, in an order drawn anew."""
+    rng, times = random.Random(SEED), {name: [] for name in steps}
+    for name in steps:  # once without a clock
+        train(steps[name], model, batch)
+    for _ in tqdm(range(rounds), desc="rounds"):
+        for name in rng.sample(list(steps), len(steps)):
+            _wait(device)
+            began = time.perf_counter()
+            train(steps[name], model, batch)
+            _wait(device)
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def _wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def quartiles(values):
+    ordered = sorted(values)
+    return [round(ordered[round(q * (len(ordered) - 1))], 4) for q in (0.25, 0.5, 0.75)]
+
+
+def matmul_peak(device, dtype):
+    """FLOPs a second of a large matrix product, the best of several."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        _wait(device)
+        began = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def fake(model, batch):
+    """The model and the batch with sizes in place of numbers, so that a 7B step takes seconds and no memory; as on a
+    CPU, where attention is one operation, as it is on a GPU. Returns them and the mode to run under."""
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for module in model.modules():
+            for kind in (module._parameters, module._buffers):
+                for name, tensor in kind.items():
+                    if tensor is not None:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        trained = tensor.requires_grad
+                        kind[name] = torch.nn.Parameter(empty, trained) if kind is module._parameters else empty
+    model.hacl_fused = True  # the self-check compares numbers
+    return model, {k: mode.from_tensor(v) for k, v in batch.items()}, mode
+
+
+def count_all(args, steps, checkpointing, captions, mean):
+    """`count` of each step from sizes alone."""
+    model = make_model(args.shape, "meta", torch.bfloat16, checkpointing)
+    batch = make_batch(args.shape, "cpu", torch.bfloat16, args.images, captions, mean)
+    model, batch, mode = fake(model, batch)
+    with mode:
+        return {name: count(step, model, batch) for name, step in tqdm(steps.items(), desc="counting")}
+
+
+def time_all(args, steps, checkpointing):
+    """Seconds of each step and peak memory, on the device; None for what does not fit."""
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = make_model(args.shape, args.device, dtype, checkpointing)
+    batch = make_batch(args.shape, args.device, dtype, args.images, args.captions, args.mean)
+    losses, found = {}, {}
+    for name, step in steps.items():
+        try:
+            losses[name] = float(step(model, batch).detach())
+            found[name] = {"peak_bytes": peak_memory(step, model, batch, args.device)}
+        except torch.OutOfMemoryError:
+            found[name] = None
+            torch.cuda.empty_cache()
+    ours = losses.get(OURS)
+    for name, loss in losses.items():
+        if name.startswith("C") and abs(loss - ours) > (1e-4 if dtype == torch.float32 else 0.05):
+            raise SystemExit(f"{name} has the loss {loss}, C has {ours}: it is another step.")
+    fits = {name: steps[name] for name in steps if found[name]}
+    times = measure_time(fits, model, batch, args.rounds, args.device)
+    for name, seconds in times.items():
+        found[name]["seconds"] = [round(s, 4) for s in seconds]
+        if STOCK in times:
+            found[name]["to_stock"] = quartiles([s / a for s, a in zip(seconds, times[STOCK])])
+    return found
+
+
+def peak_memory(step, model, batch, device):
+    """Bytes above model and batch."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        train(step, model, batch)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with Peak([*model.parameters(), *model.buffers(), *batch.values()]) as peak:
+        train(step, model, batch)
+    return peak.peak
+
+
+def largest_batch(args, steps, checkpointing):
+    """Images a batch that fit on the GPU, to a multiple of four."""
+    model = make_model(args.shape, args.device, torch.bfloat16, checkpointing)
+
+    def fits(step, images):
+        try:
+            train(step, model, make_batch(args.shape, args.device, torch.bfloat16, images, args.captions, args.mean))
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    found = {}
+    for name, step in steps.items():
+        low, high = 0, 4
+        while fits(step, high):
+            low, high = high, 2 * high
+        while high - low > 4:
+            middle = (low + high) // 8 * 4
+            low, high = (middle, high) if fits(step, middle) else (low, middle)
+        found[name] = low
+    return found
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(found):
+    """Lines of a Markdown table, each step against stock LLaVA's."""
+    stock = found[STOCK]
+    timed = any(row and "seconds" in row for row in found.values())
+    counted = any(row and "flops" in row for row in found.values())
+    head = ["step"] + ["time / A (quartiles)"] * timed + ["FLOPs / A", "tokens through the LLM"] * counted
+    head += ["peak memory / A", "peak memory, MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in found.items():
+        cells = [name]
+        if row is None:
+            lines.append("| " + " | ".join([name, *["does not fit"] * (len(head) - 1)]) + " |")
+            continue
+        if timed:
+            low, middle, high = row["to_stock"]
+            cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+        if counted:
+            cells += [f"{row['flops'] / stock['flops']:.4f}", f"{row['tokens']:,}"]
+        cells += [f"{row['peak_bytes'] / stock['peak_bytes']:.3f}", f"{row['peak_bytes'] / 2**20:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(report):
+    made = report["provenance"]
+    versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items() if v)
+    lines = ["# What HACL costs a training step", "", f"`{made['command']}`, {versions}, commit {made['commit']}.", ""]
+    lines += [report["device"] + ".", ""]
+    for part in report["parts"]:
+        lines += [f"## {part['title']}", "", part["note"], "", *rows_of(part["steps"]), ""]
+        if part.get("largest"):
+            lines += ["Largest batch that fits: " + ", ".join(f"{k} {v}" for k, v in part["largest"].items()) + ".", ""]
+    if report["sweep"]:
+        lines += [
+            "## FLOPs of other batches",
+            "",
+            "With gradient checkpointing; of B and C, to stock LLaVA's step.",
+            "",
+        ]
+        lines += ["| hallucinated captions an image | mean tokens of a caption | B / A | C / A |", "|---|---|---|---|"]
+        for row in report["sweep"]:
+            a, b, c = (row["steps"][name]["flops"] for name in (STOCK, RELEASED, OURS))
+            lines.append(f"| {row['captions']} | {row['mean']} | {b / a:.3f} | {c / a:.4f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(report, path):
+    """A panel a part: what each step costs, to stock LLaVA's."""
+    from hacl_llava.evaluation.plotting import COLOURS, pyplot, save
+
+    plt = pyplot()
+    parts = report["parts"]
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(4.2 * len(parts), 4), squeeze=False, sharey=True, layout="tight"
+    )
+    for axis, part in zip(axes[0], parts):
+        steps = {k: v for k, v in part["steps"].items() if v}
+        stock, at = steps[STOCK], range(len(steps))
+        timed = "to_stock" in stock
+        kinds = {"time": [row["to_stock"][1] for row in steps.values()]} if timed else {}
+        for kind, key in (("FLOPs", "flops"), ("peak memory", "peak_bytes")):
+            if key in stock:
+                kinds[kind] = [row[key] / stock[key] for row in steps.values()]
+        for k, (name, values) in enumerate(kinds.items()):
+            places = [y + 0.4 * k - 0.2 for y in at]
+            axis.barh(places, values, 0.38, color=COLOURS[k], label=name, hatch=("", "//")[k], edgecolor="white")
+            for y, v in zip(places, values):
+                axis.text(v + 0.02, y, f"{v:.2f}", va="center", fontsize=7)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(list(at), list(steps), fontsize=8)
+        axis.set_xlim(0, 2.5)
+        axis.set_xlabel("to stock LLaVA's step", fontsize=8)
+        axis.set_title(part["title"], fontsize=8)
+        axis.legend(fontsize=7, loc="lower right")
+    axes[0][0].invert_yaxis()
+    save(figure, path)
+
+
+STOCK, RELEASED, OURS = "A: stock LLaVA", "B: HACL as released", "C: HACL here"
+SWEEP = [(1, 14), (1, 28), (1, 56), (2, 28), (4, 28)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="of the LLM that is timed (default: small)")
+    parser.add_argument("--count", choices=SHAPES, default="7b", help="shape whose FLOPs are counted (default: 7b)")
+    parser.add_argument("--images", type=int, help="of a batch that is timed (default: 3; on a GPU 32)")
+    parser.add_argument("--captions", type=int, default=1, metavar="K", help="hallucinated ones an image (default: 1)")
+    parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a caption (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--name", help="of the results: step-NAME (default: cpu or cuda)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.images = args.images or (32 if args.device == "cuda" else 3)
+    device = f"Timed on {torch.get_num_threads()} CPU threads, in float32"
+    if args.device == "cuda":
+        device = f"Timed on {torch.cuda.get_device_name()}, in bfloat16"
+    peak = matmul_peak(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    counted = dict(STEPS, **{STOCK: stock_step_counted})
+    del counted[f"C without: {ONE_SPLICE}"]  # sizes alone do not follow LLaVA's loops
+
+    report = {"device": device, "matmul_flops": peak, "parts": [], "sweep": []}
+    for checkpointing in (True, False):
+        words = "with" if checkpointing else "without"
+        part = {
+            "title": f"{args.shape}, {words} gradient checkpointing, timed",
+            "note": f"{args.images} images of {VISUAL} visual tokens, {args.captions} hallucinated captions each, "
+            f"captions of {args.mean} tokens on average; {args.rounds} rounds.",
+            "steps": time_all(args, STEPS, checkpointing),
+        }
+        if args.device == "cuda" and checkpointing:
+            chosen = {name: STEPS[name] for name in (STOCK, RELEASED, OURS)}
+            part["largest"] = largest_batch(args, chosen, checkpointing)
+        report["parts"].append(part)
+    args.shape, args.images = args.count, 32
+    for checkpointing in (True, False):
+        words = "with" if checkpointing else "without"
+        part = {
+            "title": f"{args.count}, {words} gradient checkpointing, counted from sizes",
+            "note": "32 images, otherwise the same. Nothing was computed: FLOPs of matrix products and attention, "
+            "forward and backward, and the bytes of the tensors that live at once, in bfloat16.",
+            "steps": count_all(args, counted, checkpointing, args.captions, args.mean),
+        }
+        report["parts"].append(part)
+    for captions, mean in SWEEP:
+        chosen = {name: counted[name] for name in (STOCK, RELEASED, OURS)}
+        steps = count_all(args, chosen, True, captions, mean)
+        report["sweep"].append({"captions": captions, "mean": mean, "steps": steps})
+    report["provenance"] = provenance(seed=SEED)
+    path = args.output / f"step-{args.name or args.device}"
+    write_json(path.with_suffix(".json"), report)
+    write_text(path.with_suffix(".md"), markdown(report))
+    draw(report, path.with_suffix(".png"))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
