@@ -36,6 +36,7 @@ from .records import (
     problem_of,
     size_problem,
     stream_records,
+    unblock,
     write_records,
 )
 
@@ -445,6 +446,7 @@ def _each(function, values, workers, label, progress):
             bar.update(len(results))
             yield from results
     except BrokenProcessPool:
+        unblock(pool)
         raise HaclError(
             f"a process that looked at {label} was killed, by want of memory most likely; give fewer --workers."
         ) from None

@@ -33,6 +33,13 @@ def name_of(path, index, record):
     return f"{path}: record {index}{identity}"
 
 
+def unblock(pool):
+    """After a worker of a `ProcessPoolExecutor` was killed: Python before 3.13 (its issue 94777) may wait for ever for
+    a thread that writes to a pipe which nobody reads any more."""
+    if queue := getattr(pool, "_call_queue", None):
+        queue._reader.close()
+
+
 def unreadable(error):
     """Why an image cannot be opened, in words, from what Pillow or the disk raised."""
     return getattr(error, "strerror", None) or "not an image that Pillow reads, or a damaged one"

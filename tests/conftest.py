@@ -1,10 +1,14 @@
 """One miniature world on disk for all tests, and models loaded the way LLaVA's train() loads them."""
 
+import contextlib
 import json
 import os
 import signal
+import time
 import types
+from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +16,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a job in the background: tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+hypothesis.settings.register_profile(  # how long an example takes is the machine's doing
+    "patient",
+    hypothesis.settings.default,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("patient")
+
+
+def names_in(folder):
+    """What lies in a folder; nothing where there is none, also if another process takes it away at this moment."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def kill_session(process):
+    """SIGKILL to all of a process's session, and wait until none of it lives: a rank may be in the middle of a call of
+    the system, a rename say, and has its port until it is gone."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 60
+    while _of_session(process.pid) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not _of_session(process.pid)
+
+
+def _of_session(leader):
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            state, _, _, session = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state not in "ZX":
+                found.append(int(name))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -431,7 +431,7 @@ class Terminal:
         self.text = ""
         os.write(self.master, text.encode())
 
-    def until(self, pattern, seconds=90):
+    def until(self, pattern, seconds=200):
         """Wait until what was written since the last `type` matches; return it."""
         end = time.time() + seconds
         while not re.search(pattern, self.text, re.S):
@@ -444,7 +444,7 @@ class Terminal:
         return self.text
 
     def ends(self):
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=100)
 
 
 @pytest.mark.e2e
@@ -489,14 +489,17 @@ def test_a_question_is_answered_on_stdout_as_it_comes(whole, picture, loaded):
     pieces, times = [], []
     while piece := os.read(process.stdout.fileno(), 65536):
         pieces.append(piece)
-        times.append(time.time())
+        times.append(time.monotonic())
     err = process.communicate()[1].decode()
     assert process.returncode == 0, err
+    began = time.monotonic()
     answer = stock_answer(loaded, f"{SYSTEM} USER: <image>\nWhat is there? ASSISTANT:", picture, LONG)
+    takes = time.monotonic() - began
     said = b"".join(pieces).decode()
     # Its beginning: among hundreds of a random model's tokens two may be as likely, and a process round otherwise.
     assert said[:300] == answer[:300] and len(said) > 2000 and said.endswith("\n")
-    assert len(pieces) > 50 and times[-1] - times[0] > 1  # seconds; the first bytes came well before the end
+    # Held back to the end, it would come in one; and it came over a good part of the time that an answer takes.
+    assert len(pieces) > 50 and times[-1] - times[0] > takes / 5
     assert "do_sample" not in err and "temperature" not in err and "conversation template v1" in err
 
 

@@ -180,7 +180,7 @@ ENDING = """
 import atexit, sys, time, types
 
 def last():  # gloo's thread finishes meanwhile and waits for the interpreter's lock, which it gets when it is too late
-    end = time.time() + 3
+    end = time.time() + 5
     while time.time() < end:
         pass
 

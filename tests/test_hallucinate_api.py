@@ -353,15 +353,15 @@ def test_endpoint_fails_after_answers():
 @pytest.mark.parametrize(
     "behaviour, reason",
     [
-        ("429", "429: not now"), ("500", "500: not now"), ("503", "503: not now"), ("hang", "no answer within 0.3 s"),
-        ("drip", "no answer within 0.3 s"), ("reset", "no connection (ReadError"), ("body", "the response is not JSON"),
+        ("429", "429: not now"), ("500", "500: not now"), ("503", "503: not now"), ("hang", "no answer within 1 s"),
+        ("drip", "no answer within 1 s"), ("reset", "no connection (ReadError"), ("body", "the response is not JSON"),
         ("html", "the response is not JSON"),
     ],
 )  # fmt: skip
 def test_trouble_that_passes_and_trouble_that_does_not(behaviour, reason):
-    answer, server = ask([behaviour] * 2, timeout=0.3)
+    answer, server = ask([behaviour] * 2, timeout=1)
     assert answer.captions and answer.reason is None and len(server.log) == 3
-    answer, server = ask(behaviour, timeout=0.3, retries=2)
+    answer, server = ask(behaviour, timeout=1, retries=2)
     assert answer.failed and answer.reason.startswith(f"endpoint: {reason}") and len(server.log) == 3
     assert answer.usage == {}
 
@@ -380,11 +380,11 @@ def test_retry_after_is_kept(value):
 
 def test_retry_after_holds_for_all_requests():
     texts = captions(12)
-    with OpenAIServer({texts[0]: ["429:1"]}, latency=0.1) as server:
+    with OpenAIServer({texts[0]: ["429:3"]}, latency=0.1) as server:
         assert len(list(source(server, concurrency=2).answers(items(texts)))) == 12
         start = server.calls(texts[0])[0]["time"]
-        assert not [e for e in server.log if start + 0.3 < e["time"] < start + 1]
-        assert [e for e in server.log if e["time"] >= start + 1][9:]
+        assert not [e for e in server.log if start + 1 < e["time"] < start + 3]
+        assert [e for e in server.log if e["time"] >= start + 3][9:]
 
 
 def test_a_long_retry_after_is_waited_for_or_ends_the_run(monkeypatch):
@@ -452,13 +452,13 @@ def test_items_are_taken_as_needed():
 
 def test_requests_per_minute():
     gaps = {}
-    for pace in (1200, None):
+    for pace in (300, None):
         with OpenAIServer({captions(1)[0]: ["500"]}) as server:
             list(source(server, requests_per_minute=pace).answers(items(captions(10))))
             times = sorted(entry["time"] for entry in server.log)
         assert len(times) == 11
         gaps[pace] = times[-1] - times[0]
-    assert gaps[1200] >= 0.45 > gaps[None]
+    assert gaps[300] >= 1.9 > gaps[None]
 
 
 # ---- what ends a run

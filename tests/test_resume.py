@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import arguments, relative
+from conftest import arguments, kill_session, names_in, relative
 
 from hacl_llava import resume
 from hacl_llava.compat import STATE_FILE, order_is_of_one_rank
@@ -288,18 +288,22 @@ def worker():  # of the data: outlives the first SIGTERM, which a launcher sends
 def rank():  # in something that no Python interrupts, as a collective with a rank that died
     resume.SIGNALS.catch()
     resume.SIGNALS.phase = "training"
+    os.write(READY[1], b".")
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
 
-def status_of(function, ranks):
+READY = os.pipe()
+
+def status_of(function, ranks, wait=100):
     os.environ["LOCAL_SIZE"] = str(ranks)
     child = os.fork()
     if child == 0:
         function()
         os._exit(0)
-    time.sleep(1)
     if function is rank:
+        os.read(READY[0], 1)
+        time.sleep(1)
         os.kill(child, signal.SIGTERM)
-    until = time.time() + 3
+    until = time.time() + wait
     while time.time() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -309,7 +313,7 @@ def status_of(function, ranks):
     os.waitpid(child, 0)
     return "works on"
 
-print(status_of(worker, 1), status_of(rank, 2), status_of(rank, 1))
+print(status_of(worker, 1), status_of(rank, 2), status_of(rank, 1, wait=3))
 """
 
 
@@ -379,6 +383,15 @@ class Forking:
         return int(self.parent.stdout.readline())
 
 
+def catches(pid, number):
+    """Whether a process has a handler for a signal; not one that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return bool(int(re.search(r"^SigCgt:\s*(\w+)", status, re.M)[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.once
 @pytest.mark.e2e
 def test_killed_again_and_again_in_one_process(mini, tmp_path):
@@ -400,11 +413,14 @@ def test_killed_again_and_again_in_one_process(mini, tmp_path):
             until = time.time() + (chance.random() * 2 if waits == "time" else 60)
             while time.time() < until and (waits == "time" or steps(out) == seen):
                 time.sleep(0.001)
-            while waits == "saving" and not list(part.glob("*")) and time.time() < until:
-                pass
+            while waits == "saving" and not names_in(part) and time.time() < until:
+                time.sleep(0.001)
             time.sleep(chance.random() * 0.02)
             in_saving += part.exists()
-            os.kill(pid, chance.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGUSR1]))
+            number, until = chance.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGUSR1]), time.time() + 60
+            while number != signal.SIGKILL and not catches(pid, number) and time.time() < until:
+                time.sleep(0.001)  # it has hardly begun
+            os.kill(pid, number)
             codes.append(forking.ended())
             assert not [n for n in steps(out) if resume.broken(out / f"checkpoint-{n}")]
         start(out)
@@ -454,8 +470,7 @@ class Launched:
             )
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill_session(self.process)
 
     def ends(self):
         return self.process.wait(240)
@@ -499,6 +514,7 @@ def test_killed_under_deepspeed(mini, rows, two_ranks, tmp_path):
         run = Launched(mini, rows, out, 2, "--dataloader_num_workers", "1")
         seen = steps(out)
         while steps(out) == seen:
+            assert run.process.poll() is None, run.log.read_text()[-2000:]
             time.sleep(0.001)
         os.kill(run.child("--local_rank=1"), signal.SIGUSR1)
         assert run.ends() in (75, 0) and "Traceback" not in run.log.read_text()

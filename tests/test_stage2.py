@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, kill_session, names_in
 from test_e2e import ROOT, launch, run
 from test_resume import Forking
 
@@ -83,7 +83,7 @@ def losses(folder):
 
 
 def checkpoints(folder):
-    return sorted((p.name for p in folder.glob("checkpoint-*")), key=lambda n: int(n.split("-")[1]))
+    return sorted((n for n in names_in(folder) if n.startswith("checkpoint-")), key=lambda n: int(n.split("-")[1]))
 
 
 @pytest.mark.e2e
@@ -92,7 +92,7 @@ def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
     """kill -9 again and again, in the middle of steps and of saving; after each, what is there is whole."""
     flags = (*MODES[mode], "--use_cpu", "True")
     chance, in_saving, log = random.Random(4), 0, tmp_path / "log.txt"
-    with Forking() as forking:
+    with Forking(disk=0.01) as forking:
         forking.start(stage2(mini, tmp_path / "whole", None, *flags), log, stage=2)
         assert forking.ended() == 0, log.read_text()[-2000:]
         assert checkpoints(tmp_path / "whole") == ["checkpoint-7", "checkpoint-8"]  # 64 / 8 steps, each saved, two kept
@@ -103,7 +103,7 @@ def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
             pid = forking.start(stage2(mini, killed, None, *flags), log, stage=2)
             seen, until = checkpoints(killed), time.time() + 60
             while checkpoints(killed) == seen and time.time() < until:
-                if kill % 2 and list(killed.glob("unfinished/checkpoint-*")):
+                if kill % 2 and checkpoints(killed / "unfinished"):
                     break
                 time.sleep(0.002)
             time.sleep(chance.random() * (0.01 if kill % 2 else 0.05))
@@ -215,11 +215,10 @@ def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, config, mo
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     started = time.time()
-    while not ((output / "checkpoint-2").exists() and list(output.glob("unfinished/*"))):
+    while not ((output / "checkpoint-2").exists() and names_in(output / "unfinished")):
         assert process.poll() is None and time.time() - started < 200
         time.sleep(0.002)
-    os.killpg(process.pid, 9)
-    process.wait()
+    kill_session(process)
     assert checkpoints(output) in (["checkpoint-1", "checkpoint-2"], ["checkpoint-1", "checkpoint-2", "checkpoint-3"])
     run(*command)
     assert checkpoints(output)[-1] == "checkpoint-4" and not (output / "unfinished").exists()

@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from ..config import HaclError
+from ..records import unblock
 from . import KINDS, Answer, Item
 from .checks import RATIO, Checker, length
 from .lexicon import (
@@ -830,6 +831,7 @@ class RulesSource:
                     break
                 yield from waiting.popleft().result()
         except BrokenProcessPool:
+            unblock(pool)
             raise HaclError(
                 "a worker process was killed (out of memory, perhaps); the answers so far are safe: give the same "
                 "command again, with fewer --workers."
