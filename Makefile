@@ -1,8 +1,10 @@
 # make demo    the main job on the embedded default
-# make test    the tests that need neither a GPU nor a network
+# make test    the tests that need neither a GPU nor a network nor minutes
+# make test-doors    what goes through the real command lines and over several processes; with make test, all of the newest stack's in CI
+# make test-4.37     both on LLaVA's own transformers
+# make test-all      everything, hours: before a release, and after a change of the stack (docs/reliability.md)
 # make bench   what HACL costs a step, on this machine: benchmarks/step.py
 # make venv    .venv with everything both need (the others call it)
-# make test-4.37 | test-4.57    the same tests on older transformers; make test-all: every version, with the slow tests
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,9 +15,15 @@ STACK_4.57 = transformers==4.57.6 accelerate==1.15.0 peft==0.21.2
 STACK_4.37 = transformers==4.37.2 accelerate==0.34.2 peft==0.10.0
 LLAVA = llava-torch==1.2.2.post1
 
-.PHONY: demo test bench test-slow test-4.37 test-4.57 test-all venv lint clean
+# ARGS='--last-failed --last-failed-no-failures none' runs again what failed; WORKERS: processes that share the tests
+ARGS ?=
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test bench test-doors test-4.37 test-all venv venvs lint clean
 
 venv: .venv/.made
+venvs: .venv/.made .venv-4.37/.made
 
 # torch first, so that nothing else picks one; llava without its pins, which nothing current satisfies. The constraints
 # hold what these would bring along (docs/reliability.md).
@@ -42,26 +50,30 @@ demo: venv
 	.venv/bin/hacl-llava demo --output runs/demo
 
 test: venv
-	.venv/bin/python -m pytest
+	.venv/bin/python $(PYTEST) $(ARGS)
 
 bench: venv
 	.venv/bin/python benchmarks/step.py
 
-test-slow: venv
-	.venv/bin/python -m pytest -m 'e2e or distributed or once'
+test-doors: venv
+	.venv/bin/python $(PYTEST) -m '(e2e or distributed or once) and not slow and not gpu' $(ARGS)
 
-# Older transformers: without what is marked `once`, and without files that need neither torch nor transformers; the middle
-# of the range also without the slow tests of one process.
+# Without what is marked `once`, and without files that need neither torch nor transformers.
 ANY_VERSION = scores report records security hallucinate_api hallucinate_rules hallucinate_run
 NOT_AGAIN = $(ANY_VERSION:%=--ignore=tests/test_%.py)
 
-test-4.57: .venv-4.57/.made
-	.venv-4.57/bin/python -m pytest -m 'not gpu and not once and (distributed or not e2e)' $(NOT_AGAIN)
-
 test-4.37: .venv-4.37/.made
-	.venv-4.37/bin/python -m pytest -m 'not gpu and not once' $(NOT_AGAIN)
+	.venv-4.37/bin/python $(PYTEST) -m 'not gpu and not once and not slow' $(NOT_AGAIN) $(ARGS)
 
-test-all: test test-slow test-4.57 test-4.37
+# Each part is run whatever the one before gave, and has its own memory of what failed.
+test-all: venvs .venv-4.57/.made
+	status=0; \
+	for v in .venv .venv-4.57 .venv-4.37; do \
+		HACL_KILLS=20 $$v/bin/python $(PYTEST) -m 'not gpu' -o cache_dir=.pytest_cache/$$v $(ARGS) || status=1; \
+	done; \
+	.venv/bin/python benchmarks/soak.py --minutes 11 --output runs/soak || status=1; \
+	.venv/bin/hacl-llava demo --output runs/demo || status=1; \
+	exit $$status
 
 lint: venv
 	.venv/bin/ruff check .

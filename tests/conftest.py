@@ -143,7 +143,7 @@ def batch_of(mini, model, tokenizer, indices=range(6), records=None, **data_args
 
     path = mini.data
     if records is not None:
-        path = mini.folder / f"records-{abs(hash(json.dumps(records)))}.json"
+        path = mini.folder / f"records-{os.getpid()}-{abs(hash(json.dumps(records)))}.json"
         path.write_text(json.dumps(records))
     tower = model.get_vision_tower()
     args = types.SimpleNamespace(

@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_loading import lora_folder, published, stage2  # noqa: F401  (a fixture)
+from workers import Command
 
 from hacl_llava.checkpoint import export_to_hf
 from hacl_llava.config import HaclConfig, HaclError
@@ -666,13 +665,12 @@ def test_names_stand_in_legends_as_they_are(tmp_path, monkeypatch):
 
 @pytest.mark.e2e
 def test_through_the_command_line(common, tmp_path):
-    command = [sys.executable, "-m", "hacl_llava.cli", "analyze", *map(str, common), "--limit", "10"]
-    done = subprocess.run([*command, "--output", tmp_path / "out"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "hacl against plain:" in done.stdout and "report.html: written" in done.stdout
+    command = ["analyze", *common, "--limit", "10"]
+    status, out, err = Command(tmp_path, *command, "--output", tmp_path / "out").ends()
+    assert status == 0, err[-3000:]
+    assert "hacl against plain:" in out and "report.html: written" in out
     assert "analyze" in json.loads((tmp_path / "out/analysis.json").read_text())["provenance"]["command"]
-    wrong = subprocess.run([*command, "--output", tmp_path, "--base", "x"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.count("error:") == 1 and not wrong.stdout
+    status, out, err = Command(tmp_path, *command, "--output", tmp_path, "--base", "x").ends()
+    assert status == 2 and err.count("error:") == 1 and not out
     # and what reads it reads it
-    both = [sys.executable, "-m", "hacl_llava.cli", "report", f"both={tmp_path / 'out'}", "--output", tmp_path / "page"]
-    assert subprocess.run(both, capture_output=True, text=True).returncode == 0
+    assert Command(tmp_path, "report", f"both={tmp_path / 'out'}", "--output", tmp_path / "page").ends()[0] == 0

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import load
 from PIL import Image
+from workers import Command
 
 from hacl_llava import cli
 from hacl_llava.config import HaclError
@@ -403,28 +404,34 @@ def test_one_question_and_what_is_said_beside_it(whole, picture, loaded, capsys)
     assert "template plain" in err and "the answer to an image is its caption" in err and "--conv v1" in err
 
 
-def command_line(*arguments):
-    return [sys.executable, "-m", "hacl_llava.cli", "chat", *map(str, arguments), "--device", "cpu"]
+def in_terminal(name):
+    """In the command's process: a pseudo-terminal takes the place of its input and output."""
+    os.environ["TERM"] = "dumb"
+    slave = os.open(name, os.O_RDWR)
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    for stream in (0, 1, 2):
+        os.dup2(slave, stream)
+    sys.stdin, sys.stdout, sys.stderr = (open(i, mode, buffering=1) for i, mode in ((0, "r"), (1, "w"), (2, "w")))
 
 
 class Terminal:
-    """The real command line in a pseudo-terminal of its own, where the byte 3 is Ctrl-C and 4 is Ctrl-D."""
+    """``hacl-llava chat`` in a pseudo-terminal of its own, where the byte 3 is Ctrl-C and 4 is Ctrl-D."""
 
-    def __init__(self, *arguments):
+    def __init__(self, folder, *arguments):
         self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command_line(*arguments), stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env={**os.environ, "TERM": "dumb"},
-        )  # fmt: skip
+        command = ("chat", *arguments, "--device", "cpu")
+        self.command = Command(folder, *command, prepare=(in_terminal, os.ttyname(slave)))
+        self.text, end = "", time.time() + 100
+        while not select.select([self.master], [], [], 0.1)[0]:  # then it has opened the other end
+            assert time.time() < end and self.command.process.is_alive(), self.command.ends()
         os.close(slave)
-        self.text = ""
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
+        self.command.process.kill()
+        self.command.process.join()
         os.close(self.master)
 
     def type(self, text):
@@ -444,12 +451,12 @@ class Terminal:
         return self.text
 
     def ends(self):
-        return self.process.wait(timeout=100)
+        return self.command.ends(timeout=100)[0]
 
 
 @pytest.mark.e2e
-def test_in_a_terminal_ctrl_c_stops_an_answer_and_the_conversation_goes_on(whole, picture):
-    with Terminal(whole, "--image", picture, "--max-new-tokens", LONG) as terminal:
+def test_in_a_terminal_ctrl_c_stops_an_answer_and_the_conversation_goes_on(whole, picture, tmp_path):
+    with Terminal(tmp_path, whole, "--image", picture, "--max-new-tokens", LONG) as terminal:
         terminal.until(r"9 tokens.*\n> $")
         terminal.type("What is in it?\n")
         terminal.until(r"in it\?\n.{60}")
@@ -470,8 +477,8 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_the_conversation_goes_on(whole
 
 
 @pytest.mark.e2e
-def test_in_a_terminal_a_short_answer_then_ctrl_c_at_the_prompt(whole, picture, loaded):
-    with Terminal(whole, "--max-new-tokens", 6) as terminal:
+def test_in_a_terminal_a_short_answer_then_ctrl_c_at_the_prompt(whole, picture, loaded, tmp_path):
+    with Terminal(tmp_path, whole, "--max-new-tokens", 6) as terminal:
         terminal.until(r"\n> $")
         terminal.type(f"/image {picture}\n")
         terminal.until(r"9 tokens.*\n> $")
@@ -484,7 +491,8 @@ def test_in_a_terminal_a_short_answer_then_ctrl_c_at_the_prompt(whole, picture, 
 
 @pytest.mark.e2e
 def test_a_question_is_answered_on_stdout_as_it_comes(whole, picture, loaded):
-    command = command_line(whole, "--image", picture, "--question", "What is there?", "--max-new-tokens", LONG)
+    command = [sys.executable, "-m", "hacl_llava.cli", "chat", whole, "--image", picture, "--device", "cpu"]
+    command = [str(x) for x in (*command, "--question", "What is there?", "--max-new-tokens", LONG)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     pieces, times = [], []
     while piece := os.read(process.stdout.fileno(), 65536):
@@ -504,8 +512,10 @@ def test_a_question_is_answered_on_stdout_as_it_comes(whole, picture, loaded):
 
 
 @pytest.mark.e2e
-def test_ctrl_c_ends_a_question_with_130(whole, picture):
-    with Terminal(whole, "--image", picture, "--question", "What is there?", "--max-new-tokens", LONG) as terminal:
+def test_ctrl_c_ends_a_question_with_130(whole, picture, tmp_path):
+    with Terminal(
+        tmp_path, whole, "--image", picture, "--question", "What is there?", "--max-new-tokens", LONG
+    ) as terminal:
         terminal.until(r"template v1\.\n.{60}")
         terminal.type("\x03")
         assert "Traceback" not in terminal.until("stopped.")
@@ -521,7 +531,7 @@ def test_a_stage_one_projector_gives_captions(mini, whole, picture, tmp_path):
     model.config.save_pretrained(folder)
     projector = {f"model.mm_projector.{n}": p for n, p in model.get_model().mm_projector.state_dict().items()}
     torch.save(projector, folder / "mm_projector.bin")
-    with Terminal(folder, "--base", mini.llm, "--image", picture, "--max-new-tokens", 6) as terminal:
+    with Terminal(tmp_path, folder, "--base", mini.llm, "--image", picture, "--max-new-tokens", 6) as terminal:
         assert "template plain" in terminal.until(r"Press Enter for its caption\.\n> $")
         terminal.type("\n")
         assert len(terminal.until(r"\n.*\n> $")) > 4

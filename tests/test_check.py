@@ -403,14 +403,16 @@ def test_a_run_that_goes_on_leaves_out_what_it_left_out(tmp_path, some, mini, ca
 @pytest.mark.distributed
 def test_two_ranks_leave_out_the_same_and_stay_in_step(mini, tmp_path, some):
     """ZeRO-3, one row a rank and batch, an image that fails while training: the other rank waits for every module."""
-    from test_e2e import launch, log_of
+    from test_e2e import log_of
+    from workers import trained
 
-    done = launch(
-        2, "scripts/pretrain_hacl.py", "--deepspeed", "zero_configs/zero3.json",
+    argv = [
+        *("--deepspeed", "zero_configs/zero3.json"),
         *arguments(mini, tmp_path / "out", "--data_path", some[0], "--hacl_bad_records", "skip", "--bf16", "True"),
         *("--per_device_train_batch_size", "1", "--hacl_negatives", "global", "--dataloader_num_workers", "1"),
-    )  # fmt: skip
-    assert "2 of 8 records are left out" in done.stdout and "HACL data: 6 records, 6 with an image" in done.stdout
+    ]
+    said = trained(argv, tmp_path / "log", ranks=2)
+    assert "2 of 8 records are left out" in said and "HACL data: 6 records, 6 with an image" in said
     assert [(e["index"], e["when"]) for e in listed(tmp_path / "out")] == [(2, "start"), (5, "start"), (6, "training")]
     assert len(log_of(tmp_path / "out")) == 3
 

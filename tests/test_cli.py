@@ -102,6 +102,7 @@ def test_patch_refuses_what_it_does_not_know(tmp_path, capsys):
     assert (tmp_path / "train.py").read_text() == "def train():\n    pass\n"
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 def test_wheel_in_a_clean_environment(tmp_path):
     """The built wheel, in an environment that has its dependencies (from this one) and nothing of this folder."""

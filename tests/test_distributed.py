@@ -184,12 +184,13 @@ def last():  # gloo's thread finishes meanwhile and waits for the interpreter's 
     while time.time() < end:
         pass
 
-atexit.register(last)
+rank, init, ends = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+if rank == 1:
+    atexit.register(last)
 sys.setswitchinterval(100)
 import torch, torch.distributed as dist
 from hacl_llava import compat
 
-rank, init, ends = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
 
 class Slow:  # keeps the interpreter's shutdown going while the other thread wakes up
@@ -212,6 +213,7 @@ if ends == "in order":
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("ends", ["in order", "as stock"])
 def test_a_process_ends_without_abort(tmp_path, ends):
     processes = [

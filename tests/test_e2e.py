@@ -1,4 +1,7 @@
-"""The real command lines: the deepspeed launcher, LLaVA's own script after the patch, the way of the projector."""
+"""The real command lines: the scripts and the deepspeed launcher, LLaVA's own script after the patch, the demo.
+
+A launcher costs a quarter of a minute, so it is started once for each promise that is the launcher's; what the ranks of
+a run do is tested on `workers.Run`, which begins them in a moment."""
 
 import json
 import os
@@ -11,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments
+from workers import Run, alone, trained
 
+from hacl_llava import cli
 from hacl_llava.demo import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -37,64 +42,57 @@ def log_of(folder):
     return [x for x in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in x]
 
 
+PROJECTOR = {
+    "model.mm_projector.0.weight": [64, 64], "model.mm_projector.0.bias": [64],
+    "model.mm_projector.2.weight": [64, 64], "model.mm_projector.2.bias": [64],
+}  # fmt: skip
+
+
+def check_stage1(said, folder, stage):
+    # DeepSpeed's engine holds the model: the line is printed from the object, not from the flag.
+    line = re.search(r"HACL run: .*", said).group()
+    assert f"engine DeepSpeedEngine ZeRO-{stage}, 2 ranks on cpu, fused passes" in line
+    # 64 -> 64 -> 64 projector with biases; two heads 64 -> 16, and the temperature
+    assert "trained: hacl_head 2,081, mm_projector 8,320" in line
+    log = log_of(folder)
+    assert len(log) == 2 and all(set(x) >= PARTS for x in log)  # 32 images, 8 a rank
+    projector = torch.load(folder / "mm_projector.bin", weights_only=True)
+    assert {k: list(v.shape) for k, v in projector.items()} == PROJECTOR
+    assert (folder / "hacl_head.safetensors").exists()
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "config, stage, negatives", [("zero2", 2, "own"), ("zero3", 3, "global"), ("zero3_offload", 3, "batch")]
-)
-def test_deepspeed_trains_on_two_processes(mini, tmp_path, config, stage, negatives):
+def test_scripts_of_the_real_run_as_they_are(mini, tmp_path):
+    """pretrain_7b.sh, then finetune_7b.sh, on two launched ranks, with the miniature's paths and no tf32."""
+    env = {
+        "DATA": str(mini.folder), "JSON": str(mini.data), "IMAGES": str(mini.images), "LLM": str(mini.llm),
+        "TOWER": str(mini.clip), "OUTPUT": str(tmp_path / "stage1"), "MODE": "lora",
+        "PROJECTOR": str(tmp_path / "stage1/mm_projector.bin"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    flags = ("--tf32", "False", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "1")
+    env["LAUNCHER_ARGS"] = f"--num_gpus 2 --master_port {free_port()}"
+    done = run("bash", "scripts/pretrain_7b.sh", *flags, **env)
+    check_stage1(done.stdout + done.stderr, tmp_path / "stage1", 2)
+    assert json.loads((tmp_path / "stage1/config.json").read_text())["hacl"]["queue_size"] == 16384
+
+    env |= {"OUTPUT": str(tmp_path / "stage2"), "LAUNCHER_ARGS": f"--num_gpus 2 --master_port {free_port()}"}
+    run("bash", "scripts/finetune_7b.sh", *flags, **env)
+    assert (tmp_path / "stage2/non_lora_trainables.bin").exists()
+    done = run("bash", "scripts/finetune_7b.sh", check=False, **{**env, "MODE": "half"})
+    assert done.returncode == 2 and "allowed are full, offload, lora, qlora" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("config, negatives", [("zero3", "global"), ("zero3_offload", "batch")])
+def test_other_engines_under_the_launcher(mini, tmp_path, config, negatives):
+    """With offload, DeepSpeed compiles its own Adam first."""
     done = launch(
         2, "scripts/pretrain_hacl.py", "--deepspeed", f"zero_configs/{config}.json",
         *arguments(mini, tmp_path / "out", "--hacl_negatives", negatives, "--hacl_queue_size", "10", "--bf16", "True"),
     )  # fmt: skip
-    # DeepSpeed's engine holds the model: the line is printed from the object, not from the flag.
-    line = re.search(r"HACL run: .*", done.stdout + done.stderr).group()
-    assert f"engine DeepSpeedEngine ZeRO-{stage}, 2 ranks on cpu, fused passes" in line
-    # 64 -> 64 -> 64 projector with biases; two heads 64 -> 16, and the temperature
-    assert "trained: hacl_head 2,081, mm_projector 8,320" in line
-    log = log_of(tmp_path / "out")
-    assert len(log) == 2 and all(set(x) >= PARTS for x in log)  # 32 images, 8 a rank
-    projector = torch.load(tmp_path / "out/mm_projector.bin", weights_only=True)
-    assert {k: list(v.shape) for k, v in projector.items()} == {
-        "model.mm_projector.0.weight": [64, 64], "model.mm_projector.0.bias": [64],
-        "model.mm_projector.2.weight": [64, 64], "model.mm_projector.2.bias": [64],
-    }  # fmt: skip
-    assert (tmp_path / "out/hacl_head.safetensors").exists()
-
-
-@pytest.mark.distributed
-def test_ranks_stay_in_step_on_mixed_records(mini, tmp_path, records):
-    """Text-only batches beside image batches, records without hallucinated captions, a last batch that is not full,
-    accumulation and worker processes: under ZeRO-3 a rank that ran one pass less would hang the other."""
-    rows = []
-    for i, record in enumerate(records[:27]):
-        row = {k: v for k, v in record.items() if k != "hallucinated_captions" or i % 3}
-        if i % 4 == 0:
-            del row["image"]
-            row["conversations"] = [{"from": "human", "value": "Hello."}, row["conversations"][1]]
-        rows.append(row)
-    (tmp_path / "mixed.json").write_text(json.dumps(rows))
-    done = launch(
-        2, "scripts/pretrain_hacl.py", "--deepspeed", "zero_configs/zero3.json",
-        *arguments(mini, tmp_path / "out", "--data_path", tmp_path / "mixed.json", "--hacl_negatives", "global"),
-        *("--group_by_modality_length", "True", "--per_device_train_batch_size", "3", "--bf16", "True"),
-        *("--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2", "--hacl_queue_size", "7"),
-    )  # fmt: skip
-    assert "27 records, 20 with an image, 18 with hallucinated captions" in done.stdout
-    assert len(log_of(tmp_path / "out")) >= 2
-    assert (tmp_path / "out/mm_projector.bin").exists()
-
-
-@pytest.mark.once
-def test_script_of_the_real_run_as_it_is(mini, tmp_path):
-    """scripts/pretrain_7b.sh with the miniature's paths; on a CPU without tf32."""
-    env = {
-        "DATA": str(mini.folder), "JSON": str(mini.data), "LLM": str(mini.llm), "TOWER": str(mini.clip),
-        "OUTPUT": str(tmp_path / "out"), "LAUNCHER_ARGS": f"--num_gpus 1 --master_port {free_port()}",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
-    run("bash", "scripts/pretrain_7b.sh", "--tf32", "False", "--per_device_train_batch_size", "8", **env)
-    assert (tmp_path / "out/mm_projector.bin").exists()
-    assert json.loads((tmp_path / "out/config.json").read_text())["hacl"]["queue_size"] == 16384
+    check_stage1(done.stdout + done.stderr, tmp_path / "out", 3)
 
 
 def test_script_for_several_nodes(tmp_path):
@@ -115,35 +113,35 @@ def test_script_for_several_nodes(tmp_path):
 
 
 @pytest.mark.once
-def test_demo(tmp_path):
-    cli = Path(sys.executable).parent / "hacl-llava"
-    done = run(sys.executable, cli, "demo", "--output", tmp_path, "--images", 64, "--epochs", 1, "--processes", 2)
-    assert "engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu, fused passes" in done.stdout
-    assert re.search(r"closer to true than hallucinated +0\.\d+ +0\.\d+", done.stdout)
+def test_demo(tmp_path, monkeypatch, capfd):
+    """The whole of `make demo`, with models that have hardly been trained and one epoch of 64 images."""
+    from hacl_llava import demo
+
+    monkeypatch.setattr(demo, "LLM_STEPS", 60)
+    monkeypatch.setattr(demo, "TOWER_STEPS", 60)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets it; not for other tests
+    assert demo.run(tmp_path, images=64, epochs=1, processes=2) == 0
+    out = capfd.readouterr().out
+    assert "engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu, fused passes" in out
+    assert re.search(r"closer to true than hallucinated +0\.\d+ +0\.\d+", out)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["seed"] == 0 and summary["after"]["images"] == 32 and "--hacl_negatives" in summary["command"]
     assert summary["after"]["loss_lm"] != summary["before"]["loss_lm"]
     assert (tmp_path / "llava-hacl-pretrain/mm_projector.bin").exists()
 
 
-def test_help_of_the_entry_point_through_the_launcher():
-    done = launch(1, "scripts/pretrain_hacl.py", "--help")
-    assert "--hacl_weight FLOAT" in done.stdout and "deepspeed scripts/pretrain_hacl.py" in done.stdout
-
-
-def test_module_door_and_help_all(mini, tmp_path):
+@pytest.mark.once
+def test_module_through_the_launcher():
     # An installed package has no scripts/: the launcher takes the module.
-    out = launch(1, "--module", "hacl_llava.train", *arguments(mini, tmp_path / "out", "--use_cpu", "True"))
-    assert "HACL run: engine" in out.stdout and (tmp_path / "out/hacl_head.safetensors").exists()
-    text = run(sys.executable, "-m", "hacl_llava.train", "--help_all").stdout
-    assert "--hacl_queue_size" in text and "--learning_rate" in text and "--warmup_ratio" in text
+    done = launch(1, "--module", "hacl_llava.train", "--help")
+    assert "--hacl_weight FLOAT" in done.stdout and "deepspeed scripts/pretrain_hacl.py" in done.stdout
 
 
 def test_llavas_own_script_after_the_patch(mini, tmp_path):
     import llava
 
     shutil.copytree(llava.__path__[0], tmp_path / "LLaVA/llava")
-    run(sys.executable, "-m", "hacl_llava.cli", "patch", tmp_path / "LLaVA")
+    assert cli.main(["patch", str(tmp_path / "LLaVA")]) == 0
     # train_mem.py asks for flash attention, which is not installed here: with HACL, sdpa takes its place.
     script = tmp_path / "LLaVA/llava/train/train_mem.py"
     env = {"PYTHONPATH": str(tmp_path / "LLaVA")}
@@ -159,48 +157,55 @@ def test_llavas_own_script_after_the_patch(mini, tmp_path):
     assert not (tmp_path / "off/hacl_head.safetensors").exists() and "HACL" not in done.stdout
 
 
-def test_projector_goes_into_stock_stage_two_and_stock_loading(mini, tmp_path, records):
-    run(sys.executable, "scripts/pretrain_hacl.py", *arguments(mini, tmp_path / "llava-stage1", "--use_cpu", "True"))
-    projector = tmp_path / "llava-stage1/mm_projector.bin"
+def stock_training(argv):
+    import hacl_llava.compat  # noqa: F401, I001
+    import llava.train.train as module
 
+    sys.argv = ["train.py", *argv]
+    module.train()
+
+
+def stock_answers(checkpoints, image, want):
+    """Tokens from LLaVA's own loading of each (path, base), whose projectors must be the tensors ``want``."""
+    import hacl_llava.compat  # noqa: F401, I001
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+    from PIL import Image
+
+    answers = []
+    for path, base in checkpoints:
+        tokenizer, model, processor, _ = load_pretrained_model(path, base, "llava-mini", device_map="cpu", device="cpu")
+        assert type(model).__name__ == "LlavaLlamaForCausalLM"
+        state = model.state_dict()
+        for k, v in torch.load(want, weights_only=True).items():
+            assert torch.equal(state[k], v.half()), k
+        model.float()
+        model.get_vision_tower().float()
+        pixels = process_images([Image.open(image)], processor, model.config)
+        ids = tokenizer_image_token("<image>\nWhat?", tokenizer, return_tensors="pt")[None]
+        out = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=5)
+        answers.append(out[0, -5:].tolist())
+    return answers
+
+
+def test_projector_goes_into_stock_stage_two_and_stock_loading(mini, tmp_path, records):
+    first, second = tmp_path / "llava-stage1", tmp_path / "llava-stage2"
+    trained(arguments(mini, first, "--use_cpu", "True"), tmp_path / "log")
     # Stage 2 with stock LLaVA: the whole LLM, conversation template v1, starting from our projector.
-    argv = arguments(mini, tmp_path / "llava-stage2", "--use_cpu", "True", "--pretrain_mm_mlp_adapter", projector)
+    argv = arguments(mini, second, "--use_cpu", "True", "--pretrain_mm_mlp_adapter", str(first / "mm_projector.bin"))
     argv[argv.index("--tune_mm_mlp_adapter") + 1] = "False"
     argv[argv.index("--version") + 1] = "v1"
     argv[argv.index("--learning_rate") + 1] = "0"  # so that what is saved is what was loaded
-    run(sys.executable, "-c", "import hacl_llava.compat, llava.train.train as t; t.train()", *map(str, argv))
-
+    alone(stock_training, argv)
     # Both results in stock load_pretrained_model, and an answer from each.
-    code = f"""
-import hacl_llava.compat, torch
-from PIL import Image
-from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-want = torch.load({str(projector)!r}, weights_only=True)
-answers = []
-for path, base in (({str(tmp_path / "llava-stage1")!r}, {str(mini.llm)!r}), ({str(tmp_path / "llava-stage2")!r}, None)):
-    tokenizer, model, processor, _ = load_pretrained_model(path, base, "llava-mini", device_map="cpu", device="cpu")
-    assert type(model).__name__ == "LlavaLlamaForCausalLM"
-    state = model.state_dict()
-    for k, v in want.items():
-        assert torch.equal(state[k], v.half()), k
-    model.float(); model.get_vision_tower().float()
-    pixels = process_images([Image.open({str(mini.images / records[0]["image"])!r})], processor, model.config)
-    ids = tokenizer_image_token("<image>\\nWhat?", tokenizer, return_tensors="pt")[None]
-    out = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=5)
-    answers.append(out[0, -5:].tolist())
-print(answers)
-assert answers[0] == answers[1]
-"""
-    run(sys.executable, "-c", code)
+    checkpoints = ((str(first), str(mini.llm)), (str(second), None))
+    a, b = alone(stock_answers, checkpoints, str(mini.images / records[0]["image"]), str(first / "mm_projector.bin"))
+    assert a == b
 
 
-def test_mistake_under_the_launcher_ends_it(mini, tmp_path):
+@pytest.mark.distributed
+def test_mistake_ends_every_rank_with_one_line(mini, tmp_path):
     (tmp_path / "data.json").write_text('[{"id": "x", "image": "nowhere.png"}]')
-    launcher = Path(sys.executable).parent / "deepspeed"
-    done = run(
-        sys.executable, launcher, "--num_gpus", 2, "--master_port", free_port(), "scripts/pretrain_hacl.py",
-        *arguments(mini, tmp_path / "out", "--data_path", tmp_path / "data.json"), check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr.count("record 0 (id 'x') has no 'conversations'") == 1
+    run = Run(arguments(mini, tmp_path / "out", "--data_path", tmp_path / "data.json"), tmp_path / "log", ranks=2)
+    assert run.ends() == 2
+    assert run.said().count("record 0 (id 'x') has no 'conversations'") == 1

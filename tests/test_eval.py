@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import torch
 from conftest import load
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from workers import Command
 
 from hacl_llava import cli, hub
 from hacl_llava.config import HaclError
@@ -667,7 +667,6 @@ def test_a_lora(mini, pope, images, tmp_path):
     assert settings["base"] == str(mini.llm) and settings["base_digest"] != settings["digest"]
 
 
-@pytest.mark.once
 @pytest.mark.e2e
 def test_killed_half_way_for_real(checkpoint, pope, images, tmp_path, questions):
     lines = lines_of(pope)
@@ -677,27 +676,21 @@ def test_killed_half_way_for_real(checkpoint, pope, images, tmp_path, questions)
     def start(out):
         arguments = ["--model", checkpoint, "--pope", pope, "--images", images, "--output", out, "--device", "cpu"]
         arguments += ["--max-new-tokens", 40, "--batch-size", 2]
-        return subprocess.Popen(
-            [sys.executable, "-m", "hacl_llava.cli", "eval", *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        return Command(tmp_path, "eval", *arguments)
 
-    whole = start(tmp_path / "whole")
-    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+    status, _, err = start(tmp_path / "whole").ends()
+    assert status == 0, err
     path = tmp_path / "out/pope-coco-random/answers.jsonl"
     for least in (10, 60):
-        process, end = start(tmp_path / "out"), time.time() + 200
+        command, end = start(tmp_path / "out"), time.time() + 200
         while not path.exists() or path.read_bytes().count(b"\n") < least:
-            assert time.time() < end and process.poll() is None
+            assert time.time() < end and command.process.is_alive()
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        command.process.kill()
+        assert command.ends()[0] == -9
         assert least <= path.read_bytes().count(b"\n") < len(many) and not (tmp_path / "out/evaluation.json").exists()
-    last = start(tmp_path / "out")
-    text = last.communicate(timeout=300)[0].decode()
-    assert last.returncode == 0, text
-    whole.stdout.close()
+    status, _, err = start(tmp_path / "out").ends()
+    assert status == 0, err
     assert figures(tmp_path / "out") == figures(tmp_path / "whole")
 
 

@@ -12,7 +12,7 @@ from hacl_llava import hub
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_from_nothing_to_a_report(tmp_path):
     command = [sys.executable, "benchmarks/evidence.py", "--small", "--output", str(tmp_path), "--docs", ""]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import arguments
+from workers import Run
 
 from hacl_llava import integration
 from hacl_llava.config import HaclConfig
@@ -145,12 +146,14 @@ def fails_without_tower(monkeypatch, capsys, mini, tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_unreadable_image_in_training_is_named(monkeypatch, capsys, mini, tmp_path, records, train_module, workers):
+def test_unreadable_image_in_training_is_named(mini, tmp_path, records, workers):
     (mini.images / "broken.png").write_text("not an image")
     rows = [{**r, "image": "broken.png"} if i == 3 else r for i, r in enumerate(records[:8])]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     change = ("--data_path", tmp_path / "data.json", "--use_cpu", "True", "--dataloader_num_workers", workers)
-    line = fails(monkeypatch, capsys, mini, tmp_path, *change, "--hacl_max_failed", "0")
+    run = Run([*arguments(mini, tmp_path / "out"), *change, "--hacl_max_failed", "0"], tmp_path / "log")
+    assert run.ends() == 2
+    (line,) = [x for x in run.said().splitlines() if x.startswith("error: ")]
     assert f"error: {tmp_path}/data.json: record 3 (id 'train-000000003'): cannot be used" in line
     assert "--hacl_max_failed is 0" in line and not (tmp_path / "out/mm_projector.bin").exists()
 
@@ -166,6 +169,10 @@ def test_unknown_value_of_a_flag(monkeypatch, capsys, mini, tmp_path, train_modu
 def test_help_reads_well(monkeypatch, capsys):
     status, out, _ = run_main(monkeypatch, capsys, "--help")
     assert status == 0 and "--hacl_negatives own|batch|global" in out and "example" in out
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, capsys, "--help_all")
+    everything = capsys.readouterr().out
+    assert "--hacl_queue_size" in everything and "--learning_rate" in everything and "--warmup_ratio" in everything
     assert len(out.splitlines()) < 100 and max(map(len, out.splitlines())) <= 120
     for name in HaclConfig().to_dict():
         assert f"--hacl_{name}" in out

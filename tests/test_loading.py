@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from conftest import load
 from PIL import Image
+from workers import alone
 
 from hacl_llava import checkpoint
 from hacl_llava.checkpoint import CheckpointError, Weights
@@ -32,28 +31,19 @@ def answer(loaded, image):
     return out[0, -8:].tolist()
 
 
-STOCK = """
-import sys, json, torch
-import hacl_llava.compat
-from llava.model.builder import load_pretrained_model
-sys.path.insert(0, sys.argv[4])
-from test_loading import answer
-path, base, image = sys.argv[1:4]
-tokenizer, model, processor, context = load_pretrained_model(
-    path, base or None, sys.argv[5], device_map="cpu", device="cpu")
-model.float(); model.get_vision_tower().float()
-print(json.dumps(answer((tokenizer, model, processor, context), image)))
-"""
+def _stock_answer(path, image, base, name):
+    import hacl_llava.compat  # noqa: F401, I001
+    from llava.model.builder import load_pretrained_model
+
+    loaded = load_pretrained_model(path, base or None, name, device_map="cpu", device="cpu")
+    loaded[1].float()
+    loaded[1].get_vision_tower().float()
+    return answer(loaded, image)
 
 
 def stock_answer(path, image, base="", name="llava-tiny"):
     """From stock LLaVA's load_pretrained_model, in its own process, in float32 after loading in float16."""
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, path, base, image, Path(__file__).parent, name],
-        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return alone(_stock_answer, str(path), str(image), str(base), name)
 
 
 @pytest.fixture(scope="module")

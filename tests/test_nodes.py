@@ -87,7 +87,7 @@ def one_node(mini, tmp_path_factory):
     return folder / "out"
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_launchers_without_ssh_equal_one(mini, tmp_path, one_node):
     (tmp_path / "hostfile").write_text("alpha slots=1\nbeta slots=1\n")  # names nobody resolves: they are not called
@@ -111,7 +111,7 @@ def test_two_launchers_without_ssh_equal_one(mini, tmp_path, one_node):
 # --- Slurm ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_slurm_run_is_signalled_goes_back_into_the_queue_and_equals_the_launchers(mini, tmp_path, one_node):
     env = {**script_environment(mini, tmp_path / "out"), "MASTER_PORT": free_port()}
@@ -228,7 +228,7 @@ def test_launcher_arguments_of_several_nodes(tmp_path):
 # --- what travels -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_what_travels_in_a_step_is_what_the_formulas_say(tmp_path):
     """benchmarks/communication.py on two ranks; it fails by itself where formulas or torch's profiler disagree."""

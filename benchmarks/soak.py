@@ -1,4 +1,4 @@
-"""Minutes of training on two processes in which everything goes wrong that may: python tests/soak.py --minutes 10
+"""Minutes of training on two processes in which everything goes wrong that may: python benchmarks/soak.py --minutes 10
 
 Mixed records under DeepSpeed ZeRO-2; images vanish, are cut short and come back while it runs; it is killed, one rank
 is killed, it is asked to end, and its disk (a tmpfs, which takes root) is full for a while. The same command goes on
@@ -399,7 +399,7 @@ def markdown(found):
     lines = [
         "# A soak on two processes",
         "",
-        f"`tests/soak.py`, {found['minutes']} minutes, {found['steps']} steps of stage {found['stage']} with HACL "
+        f"`benchmarks/soak.py`, {found['minutes']} minutes, {found['steps']} steps of stage {found['stage']} with HACL "
         f"under DeepSpeed ZeRO-2 on two CPU processes, {found['records']} records (text alone, without hallucinated "
         f"captions, broken ones), the disk: {found['full_disk']}. Figures: soak.json.",
         "",
