@@ -179,7 +179,7 @@ def _parser():
         hallucinate,
         help="add hallucinated captions to LLaVA-format data",
         description="Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by "
-        "rules, by a model behind an OpenAI-compatible endpoint, by a local model, or by a mix. A run that was stopped "
+        "rules, by a model behind an OpenAI-compatible endpoint, or by a mix. A run that was stopped "
         "or killed goes on when the same command is given again.",
     )
     add(

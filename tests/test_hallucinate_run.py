@@ -209,6 +209,18 @@ def test_other_settings_are_refused_not_mixed(tmp_path, small, capsys, change, n
     assert hallucinate(small, out, *change, "--restart") == 0
 
 
+@pytest.mark.parametrize("then, status", [(None, 0), ("roberta-large-mnli", 2)])
+def test_a_run_of_before_is_gone_on_with_or_refused(tmp_path, small, capsys, then, status):
+    """A setting that is no longer there: of no matter where it was off."""
+    out = tmp_path / "out.json"
+    assert hallucinate(small, out) == 0
+    journal = tmp_path / "out.json.journal"
+    first, *lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text(json.dumps(json.loads(first) | {"nli_model": then}) + "\n" + "".join(lines[:1]))
+    assert hallucinate(small, out) == status
+    assert ('nli_model "roberta-large-mnli", this one has no nli_model' in capsys.readouterr().err) == bool(then)
+
+
 def test_another_input_is_refused(tmp_path, small, capsys):
     out = tmp_path / "out.json"
     assert hallucinate(small, out) == 0
@@ -349,14 +361,14 @@ def refused_journal(folder, small, refused):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--source", "magic"], "allowed are rules, api, local"),
-        (["--source", "rules=-1"], "allowed are rules, api, local"),
+        (["--source", "magic"], "allowed are rules, api,"),
+        (["--source", "rules=-1"], "allowed are rules, api,"),
         (["--types", "colour"], "allowed are existence, attribute, quantity, location"),
         (["--types", "existence=0"], "every weight is 0"),
         (["--per-caption", "0"], "a whole number from 1"),
         (["--length-ratio", "1.2", "1.4"], "MIN <= 1 <= MAX"),
         (["--source", "api"], "--source api needs --model"),
-        (["--source", "local"], "--source local needs --local-model"),
+        (["--source", "local=0.5"], "vLLM, SGLang or Ollama: --source api --model NAME --base-url"),
         (["--model", "m"], "--model is for --source api"),
     ],
 )

@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections import Counter
 
-from ..config import HaclError
 from .lexicon import FUNCTION, NEGATIONS, NUMBER, PREPOSITIONS, TOKEN, lexicon
 
 RATIO = (0.7, 1.4)  # of the number of tokens
@@ -205,12 +204,10 @@ class Checker:
 
     Args:
         ratio: smallest and largest allowed number of tokens of the candidate, as a share of the caption's.
-        entails: a function from a list of (caption, candidate) pairs to a list of bools, whether the first makes the
-            second true; None leaves that check out. `Entailment` is one.
     """
 
-    def __init__(self, ratio=RATIO, entails=None):
-        self.ratio, self.entails = ratio, entails
+    def __init__(self, ratio=RATIO):
+        self.ratio = ratio
 
     def problem(self, item, candidate, taken=()):
         """Why ``candidate`` may not stand as a hallucinated caption of ``item``, or None if it may.
@@ -220,7 +217,7 @@ class Checker:
 
         Returns:
             "empty", "chatter", "another language", "same as the caption", "duplicate", "caption of the same image",
-            "length ratio", "unrelated", "paraphrase", "true of another caption", "entailed"; None: it may be taken.
+            "length ratio", "unrelated", "paraphrase", "true of another caption"; None: it may be taken.
         """
         text = candidate.strip()
         key = normal(text)
@@ -251,8 +248,6 @@ class Checker:
             return "paraphrase"
         if item.others and self._supported(new, item.others):
             return "true of another caption"
-        if self.entails and self.entails([(item.caption, text)])[0]:
-            return "entailed"
         return None
 
     @staticmethod
@@ -296,38 +291,3 @@ class Checker:
         known = frozenset().union(*(m.words for m in meanings))
         marks = {n for m in meanings for n in (*m.numbers, *m.relations)}
         return all(n in marks or isinstance(n, str) and any(words.related(n, k) for k in known) for n in new)
-
-
-class Entailment:
-    """A natural-language-inference model's opinion: does the caption make the candidate true?
-
-    Args:
-        model: path or hub id of a sequence classifier with a label named "entailment" (``roberta-large-mnli``, say).
-        threshold: smallest probability that counts as yes.
-    """
-
-    def __init__(self, model, threshold=0.5):
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model = AutoModelForSequenceClassification.from_pretrained(model).eval()
-        except (OSError, ValueError) as error:
-            raise HaclError(f"--nli-model {model}: cannot be loaded ({str(error).splitlines()[0]}).") from None
-        labels = {str(v).lower(): int(k) for k, v in self.model.config.id2label.items()}
-        if "entailment" not in labels:
-            raise HaclError(
-                f"--nli-model {model}: its labels are {sorted(labels)}, expected one named 'entailment' (MNLI models)."
-            )
-        self.label, self.threshold = labels["entailment"], threshold
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def __call__(self, pairs):
-        import torch
-
-        first, second = zip(*pairs, strict=True)
-        inputs = self.tokenizer(list(first), list(second), padding=True, truncation=True, return_tensors="pt")
-        with torch.inference_mode():
-            logits = self.model(**inputs.to(self.model.device)).logits
-        return (logits.float().softmax(-1)[:, self.label] >= self.threshold).tolist()

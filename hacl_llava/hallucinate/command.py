@@ -11,7 +11,11 @@ from ..config import HaclError
 from . import KINDS
 from .checks import RATIO
 
-SOURCES = ("rules", "api", "local")
+SOURCES = ("rules", "api")
+GONE = {
+    "local": "a model of your own is served by vLLM, SGLang or Ollama: --source api --model NAME --base-url "
+    "http://localhost:8000/v1"
+}
 
 
 def _weighted(names, least):
@@ -19,6 +23,8 @@ def _weighted(names, least):
 
     def read(text):
         name, equals, weight = text.partition("=")
+        if name in GONE:
+            raise argparse.ArgumentTypeError(f"{name!r} is no longer there; {GONE[name]}")
         try:
             weight = float(weight) if equals else 1.0
         except ValueError:
@@ -60,8 +66,8 @@ def add_arguments(parser):
         type=_weighted(SOURCES, 1e-9),
         action="append",
         metavar="NAME[=SHARE]",
-        help="rules (no network, no model; the default), api (an OpenAI-compatible endpoint), local (a Hugging Face "
-        "model); give it again to mix: --source rules=0.3 --source api=0.7",
+        help="rules (no network, no model; the default), api (an OpenAI-compatible endpoint, your own vLLM or Ollama "
+        "too); give it again to mix: --source rules=0.3 --source api=0.7",
     )
     add("--per-caption", type=whole, default=1, metavar="K", help="hallucinated captions for each (default: 1)")
     add(
@@ -87,23 +93,19 @@ def add_arguments(parser):
         metavar=("MIN", "MAX"),
         help="in tokens (default: 0.7 1.4)",
     )
-    add("--nli-model", metavar="PATH", help="an NLI model, path or hub id, that refuses what the caption entails")
     add("--bad-records", choices=("refuse", "skip"), default="refuse", help="those without a caption (default: refuse)")
     add("--replace", action="store_true", help="rewrite records that have hallucinated captions, too")
     add("--restart", action="store_true", help="throw an earlier run's answers away and replace OUTPUT")
     add("--report", action="store_true", help="write OUTPUT's .report.md, .json and .png beside it")
     add("--dry-run", action="store_true", help="read the input, estimate tokens and cost, and stop")
 
-    group = parser.add_argument_group("sources api and local")
+    group = parser.add_argument_group("source api (the key comes from the environment alone)")
     add = group.add_argument
     add("--prompt-file", metavar="FILE", help="system prompt in place of the paper's")
     add("--examples", metavar="FILE", help='json lines with "caption", "hallucinated_caption" and "kind", shown first')
     add("--temperature", type=_amount, default=1.0, help="of sampling (default: 1.0)")
     add("--max-output-tokens", type=whole, metavar="N", help="of one answer (default: by the caption's length)")
     add("--attempts", type=whole, default=3, metavar="N", help="for each caption, until checks pass (default: 3)")
-
-    group = parser.add_argument_group("source api (the key comes from the environment alone)")
-    add = group.add_argument
     add("--model", metavar="NAME", help="the model's name at the endpoint")
     add("--base-url", metavar="URL", help="of a vLLM, SGLang or Ollama server, say (default: OpenAI's)")
     add(
@@ -121,12 +123,6 @@ def add_arguments(parser):
     add("--batch", action="store_true", help="OpenAI's Batch API: within a day, at half the price")
     add("--batch-poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at it (default: 60)")
 
-    group = parser.add_argument_group("source local")
-    add = group.add_argument
-    add("--local-model", metavar="PATH", help="a causal LM, path or hub id")
-    add("--batch-size", type=whole, default=16, metavar="N", help="captions at a time (default: 16)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
 
 def _settings(args, sources, types, prompt):
     """What the answers depend on: a run is only gone on with under the same."""
@@ -138,7 +134,6 @@ def _settings(args, sources, types, prompt):
         "types": types,
         "seed": args.seed,
         "length_ratio": list(args.length_ratio),
-        "nli_model": args.nli_model,
         "replace": args.replace,
     }
     if "rules" in sources:
@@ -147,19 +142,16 @@ def _settings(args, sources, types, prompt):
         settings["vocabulary"] = digest()
     if "api" in sources:
         settings |= {"model": args.model, "batch": args.batch}
-    if "local" in sources:
-        settings["local_model"] = args.local_model
     if prompt is not None:
         settings |= {"prompt": prompt.digest(), "temperature": args.temperature, "attempts": args.attempts}
     return settings
 
 
 def _check(args, sources):
-    for name, flag, value in (("api", "--model", args.model), ("local", "--local-model", args.local_model)):
-        if name in sources and not value:
-            raise HaclError(f"--source {name} needs {flag}.")
-        if name not in sources and value:
-            raise HaclError(f"{flag} is for --source {name}, which was not given.")
+    if "api" in sources and not args.model:
+        raise HaclError("--source api needs --model.")
+    if "api" not in sources and args.model:
+        raise HaclError("--model is for --source api, which was not given.")
     low, high = args.length_ratio
     if not low <= 1 <= high:
         raise HaclError(f"--length-ratio {low} {high}: allowed is MIN <= 1 <= MAX.")
@@ -177,7 +169,7 @@ def _sources(args, sources, types, checker, prompt, journal):
             from .rules import RulesSource
 
             made[name] = share, RulesSource(types, args.seed, checker, args.workers or cores)
-        elif name == "api":
+        else:
             from .api import ApiSource, BatchSource
 
             common = {
@@ -203,23 +195,6 @@ def _sources(args, sources, types, checker, prompt, journal):
             else:
                 pace = {"concurrency": args.workers or 16, "requests_per_minute": args.requests_per_minute}
                 made[name] = share, ApiSource(**pace, **common)
-        else:
-            from .local import LocalSource
-
-            made[name] = (
-                share,
-                LocalSource(
-                    args.local_model,
-                    checker,
-                    prompt,
-                    batch_size=args.batch_size,
-                    attempts=args.attempts,
-                    temperature=args.temperature,
-                    max_output_tokens=args.max_output_tokens,
-                    seed=args.seed,
-                    trust_remote_code=args.trust_remote_code,
-                ),
-            )
     return made
 
 
@@ -235,12 +210,12 @@ def main(args):
 
         need_matplotlib()
     prompt = None
-    if {"api", "local"} & set(sources):
+    if "api" in sources:
         from .prompts import Prompt, read_examples, read_prompt
 
         more = {"system": read_prompt(args.prompt_file)} if args.prompt_file else {}
         prompt = Prompt(**more, examples=read_examples(args.examples) if args.examples else ())
-    from .checks import Checker, Entailment
+    from .checks import Checker
     from .run import EXIT_INCOMPLETE, Run
 
     checker = Checker(tuple(args.length_ratio))
@@ -263,14 +238,10 @@ def main(args):
         f"{args.input}: {survey.records} records, {survey.captions} captions to rewrite, "
         f"{len(survey.problems)} bad records."
     )
-    if args.dry_run or {"api", "local"} & set(sources):
+    if args.dry_run or "api" in sources:
         _estimate(args, sources, survey, prompt)
     if args.dry_run:
         return 0
-    if args.nli_model:
-        checker.entails = Entailment(args.nli_model)
-        if args.workers is None and "rules" in sources:
-            args.workers = 1  # one model in one process
     with run.open() as journal:
         from .api import dollars
 
@@ -308,9 +279,9 @@ def _estimate(args, sources, survey, prompt):
             characters = round(survey.characters * share / total)
             found = estimate(prompt, items, characters, items * args.per_caption, tuple(args.price or ()) or None)
             line += f", {found['input']} tokens in and {found['output']} out (estimated at 4 characters a token)"
-            if name == "api" and found["dollars"] is not None:
+            if found["dollars"] is not None:
                 line += f", $ {found['dollars']:.2f} at --price {args.price[0]:g} {args.price[1]:g}"
-            elif name == "api":
+            else:
                 line += "; give --price IN OUT to see dollars"
         print(line + ".")
 

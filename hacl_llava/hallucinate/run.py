@@ -158,11 +158,11 @@ class Journal:
                 f"{self.path}: the input has changed since that run began; --restart throws its answers away, another "
                 "output begins anew."
             )
-        for key in header:
-            if found.get(key) != header[key] and key != "input_name":
+        for key in {**header, **found}:
+            if found.get(key) != header.get(key) and key != "input_name":
                 raise HaclError(
                     f"{self.path}: the run begun there had {_say(key, found.get(key))}, this one has "
-                    f"{_say(key, header[key])}. Give the settings of then to go on, another output to begin anew, "
+                    f"{_say(key, header.get(key))}. Give the settings of then to go on, another output to begin anew, "
                     "or --restart to throw its answers away."
                 )
         end = place = self.file.tell()
