@@ -298,17 +298,6 @@ def test_measures_equal_loops(seed):
     assert chance["closer_to_true_than_all"] == pytest.approx(np.mean([1 / (1 + c) for c in counts if c]))
 
 
-def test_uniformity_equals_loops():
-    x = np.random.default_rng(0).normal(size=(7, 4))
-    pairs = [
-        math.exp(-2 * sum((a / np.linalg.norm(p) - b / np.linalg.norm(q)) ** 2 for a, b in zip(p, q)))
-        for i, p in enumerate(x) for q in x[i + 1 :]
-    ]  # fmt: skip
-    assert measures.uniformity(x) == pytest.approx(math.log(sum(pairs) / len(pairs)))
-    assert measures.uniformity(np.ones((5, 3))) == pytest.approx(0)
-    assert math.isnan(measures.uniformity(x[:1]))
-
-
 def test_chance_of_recall_is_that_of_random_orders():
     right_of = np.array([1, 2, 1, 3, 2, 1])
     rng = np.random.default_rng(0)
@@ -346,22 +335,6 @@ def test_without_hallucinated_captions_the_rest_is_there():
     assert "closer_to_true" not in chance
 
 
-def test_separability_tells_apart_only_what_is_apart():
-    rng = np.random.default_rng(0)
-    a, b, groups = rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), np.arange(60)
-    assert abs(measures.separability(a, b, groups, groups) - 0.5) < 0.15
-    assert measures.separability(a, b + 4, groups, groups) > 0.98
-    assert abs(measures.separability(a, b + 4, groups, groups, shuffled=True) - 0.5) < 0.15
-    assert math.isnan(measures.separability(a[:3], b[:3], groups[:3], groups[:3]))
-    # folds hold whole images: what is only learnt by heart (ten rows to an image, all alike) is not found again
-    centres, of = rng.normal(size=(40, 30)), np.repeat(np.arange(40), 10)
-    rows = centres[of] + 0.05 * rng.normal(size=(400, 30))
-    a, b = of < 20, of >= 20
-    assert abs(measures.separability(rows[a], rows[b], of[a], of[b]) - 0.5) < 0.2
-    each = np.arange(400)
-    assert measures.separability(rows[a], rows[b], each[a], each[b]) > 0.95
-
-
 def rotation(rng, d):
     return np.linalg.qr(rng.normal(size=(d, d)))[0]
 
@@ -380,7 +353,6 @@ def test_turning_scaling_and_reordering_change_nothing(seed, n, k):
     for name in before:
         assert after[name] == pytest.approx(before[name], abs=1e-7), name
         assert shuffled[name] == pytest.approx(before[name], abs=1e-7), name
-    assert measures.uniformity(v @ turn) == pytest.approx(measures.uniformity(v[order]))
     # control: a turn of the images alone is seen
     assert all_measures(v @ turn, t, h, owner, samples=2)[0]["alignment"] != pytest.approx(before["alignment"])
 
@@ -430,7 +402,7 @@ def test_equal_rows_come_to_equal_places_the_same_each_time(method):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(HaclError, match="'som', allowed are pca, tsne, umap"):
+    with pytest.raises(HaclError, match="'som', allowed are pca, tsne"):
         figures.project(np.eye(4), "som")
 
 
@@ -460,10 +432,9 @@ def common(mini, two):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without what takes longest: pictures, linear classifiers, and making room for the next model."""
-    for name in ("scatter", "closer_chart", "margin_chart"):
+    """Without what takes longest: pictures, and making room for the next model."""
+    for name in ("scatter", "closer_chart"):
         monkeypatch.setattr(figures, name, lambda path, *args, **kwargs: path.write_bytes(b"a picture"))
-    monkeypatch.setattr(measures, "separability", lambda *args, **kwargs: 0.5)
     monkeypatch.setattr(representations.gc, "collect", lambda: 0)
 
 
@@ -485,8 +456,8 @@ def test_files_numbers_and_pictures(mini, two, common, tmp_path, capsys, records
     assert comparison["spaces"]["llm"]["measures"]["modality_gap"]["difference"] == pytest.approx(b - a)
     assert a != pytest.approx(b, abs=1e-4)
     files = [figure["file"] for figure in analysis["figures"]]
-    want = ["pca.png", "tsne.png", "closer_to_true.png", "margin.png"]
-    assert files == want + ["pca_head.png", "tsne_head.png", "closer_to_true_head.png", "margin_head.png"]
+    want = ["pca.png", "tsne.png", "closer_to_true.png"]
+    assert files == want + ["pca_head.png", "tsne_head.png", "closer_to_true_head.png"]
     for file in files:
         with Image.open(out / file) as image:
             assert image.width >= 700 and image.height >= 350
@@ -618,10 +589,6 @@ def test_what_else_is_refused(mini, two, common, tmp_path, monkeypatch):
         run(*common[:4], "--images", tmp_path / "nowhere", *common[6:], "--output", tmp_path)
     with pytest.raises(HaclError, match="give its base"):
         run(*common[:6], "--output", tmp_path)
-    spec = figures.importlib.util.find_spec
-    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None if name == "umap" else spec(name))
-    with pytest.raises(ImportError, match="pip install umap-learn"):
-        run(*common, "--output", tmp_path, "--method", "umap")
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"hacl_llava\[plot\]"):
         run(*common, "--output", tmp_path)
@@ -655,7 +622,6 @@ def test_names_stand_in_legends_as_they_are(tmp_path, monkeypatch):
     names = ("_hidden", "a$b$")
     rows = {"all": {"value": 0.5, "interval": [0.4, 0.6], "count": 9}}
     figures.closer_chart("closer", [(name, rows) for name in names], "heading")
-    figures.margin_chart("margin", [(name, np.linspace(-1, 1, 9)) for name in names], "heading")
     for figure in seen.values():
         texts = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
         assert sum(text.startswith("_hidden") for text in texts) == 1

@@ -29,13 +29,6 @@ LABELS = {
     "mean_margin": ("mean margin", "cosine with the caption less that with a hallucinated caption"),
     "alignment": ("squared distance of image and caption", "mean; alignment of Wang & Isola; lower: closer"),
     "alignment_hallucinated": ("squared distance of image and hallucinated caption", "the same with those"),
-    "uniformity_image": ("uniformity of images", "0: all at one point; lower: more spread over the sphere"),
-    "uniformity_caption": ("uniformity of captions", "the same of captions"),
-    "separability_image_caption": (
-        "separable: image, caption",
-        "AUC of a linear classifier; 0.5: not at all, 1: fully",
-    ),
-    "separability_caption_hallucinated": ("separable: caption, hallucinated", "the same; it sees no image"),
 }
 _SPOKEN = ("modality_gap", "alignment", "image_to_text_r1", "text_to_image_r1", "closer_to_true", "mean_margin")
 
@@ -63,7 +56,7 @@ def add_arguments(parser):
         nargs="+",
         choices=METHODS,
         default=["pca", "tsne"],
-        help="pictures to draw (default: pca tsne); umap needs umap-learn",
+        help="pictures to draw (default: both)",
     )
     parser.add_argument(
         "--visual-bos",
@@ -106,13 +99,13 @@ def analyze(args):
 
     Raises:
         HaclError: an argument, the data or a checkpoint cannot be used.
-        ImportError: the extra [plot], or umap-learn, is missing.
+        ImportError: the extra [plot] is missing.
     """
     from . import figures, measures
 
     names, bases = _check(args)
     methods = list(dict.fromkeys(args.method))
-    figures.need(methods)
+    figures.need()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     from . import representations
 
@@ -241,12 +234,6 @@ def findings(analysis):
                     f"{model['name']}, {SPACES[space]}: in {closer['value']:.1%} of pairs{known} the "
                     f"image is closer to its true caption than to the hallucinated one: {level} chance (50%)."
                 )
-        for space, found in model["spaces"].items():
-            if apart := found["measures"].get("separability_image_caption"):
-                lines.append(
-                    f"{model['name']}, {SPACES[space]}: a linear classifier tells images from captions with an AUC of "
-                    f"{_number(apart['value'])} (shuffled labels: {_number(apart['control'])})."
-                )
     groups = [{"title": "Each against chance", "lines": lines}] if lines else []
     values = {model["name"]: model["spaces"] for model in analysis["models"]}
     for comparison in analysis["comparisons"]:
@@ -311,7 +298,7 @@ def _page(analysis):
         "text",
         "All is on unit norm, since cosines are contrasted. Nothing is centred, but PCA shows points about their "
         "common mean. PCA shows two dimensions of many: what lies apart there is apart, what lies together may not "
-        "be. t-SNE and UMAP keep neighbours; their distances between groups and their axes mean nothing.",
+        "be. t-SNE keeps neighbours; its distances between groups and its axes mean nothing.",
     )
     for figure in analysis["figures"]:
         yield "figure", figure["file"], f"{figure['title']}: {figure['note']}."
@@ -319,11 +306,8 @@ def _page(analysis):
         yield from _page_numbers(analysis, space)
     yield (
         "text",
-        "Separability: mean AUC over five folds of images that the classifier has not seen; the control is the "
-        "same with shuffled labels. Between captions and hallucinated captions it sees words alone: above 0.5, "
-        "hallucinated captions can be told by how they are written, without the image. In retrieval a tie counts "
-        "as a mistake, and a caption of the same text or image as right; the interval is over queries, among "
-        "these candidates.",
+        "In retrieval a tie counts as a mistake, and a caption of the same text or image as right; the interval is "
+        "over queries, among these candidates.",
     )
     yield from _page_data(data)
     yield "heading", 2, "Settings"
@@ -394,5 +378,4 @@ def _cell(x, key):
     if not x:
         return "-"
     sign = "+" if key == "difference" and x[key] > 0 else ""
-    control = f" (control {_number(x['control'])})" if x.get("control") is not None else ""
-    return f"{sign}{_number(x[key])}{_range(x)}{control}"
+    return f"{sign}{_number(x[key])}{_range(x)}"

@@ -7,8 +7,8 @@ import textwrap
 import numpy as np
 
 from ..config import HaclError
-from .measures import TIE, unit
-from .plotting import COLOURS, MARKERS, METHODS, STYLES, plain, pyplot, save
+from .measures import unit
+from .plotting import COLOURS, MARKERS, METHODS, plain, pyplot, save
 
 _DRAWN = 500  # images in a picture; more would hide each other
 # Squares are hollow, since a hallucinated caption often lies where its caption does.
@@ -18,14 +18,12 @@ _ROLES = tuple(
 _TEXT = {"font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 11}
 
 
-def need(methods):
+def need():
     """Raise ImportError, naming what to install, before any work is done."""
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "sklearn")):
         raise ImportError(
             "analyze draws with matplotlib and measures with scikit-learn: pip install 'hacl_llava[plot]'"
         )
-    if "umap" in methods and importlib.util.find_spec("umap") is None:
-        raise ImportError("--method umap needs umap-learn: pip install umap-learn")
 
 
 def draw(out, found, analysis, spaces, methods, seed=0):
@@ -83,24 +81,17 @@ def _draw_points(out, space, title, models, methods, seed):
 
 
 def _draw_pairs(out, space, title, models):
-    shares, margins = [], []
-    for name, numbers, owner, v, t, h in models:
+    shares = []
+    for name, numbers, owner, *_ in models:
         everything = {**numbers["measures"]["closer_to_true"], "count": len(owner)}
         shares.append((name, {"all": everything, **numbers["closer_to_true_by_kind"]}))
-        margins.append((name, (v * t).sum(1)[owner] - (v[owner] * h).sum(1)))
-    closer, margin = _file("closer_to_true", space), _file("margin", space)
+    closer = _file("closer_to_true", space)
     closer_chart(out / closer, shares, f"Is the image closer to its true caption? ({title})")
-    margin_chart(out / margin, margins, f"How much closer ({title})")
     return [
         {
             "file": closer,
             "title": f"Closer to true ({title})",
             "note": "share of pairs, in all and by what the hallucinated caption gets wrong, with 95 % intervals",
-        },
-        {
-            "file": margin,
-            "title": f"Margins ({title})",
-            "note": "right of 0 the image is closer to its true caption; the outermost 0.5 % lie in the outermost bars",
         },
     ]
 
@@ -109,7 +100,7 @@ def project(x, method, seed=0):
     """Two coordinates of each row.
 
     Args:
-        x: ``[R, D]`` of unit norm. method: "pca" (about the mean of all rows), "tsne" or "umap" (by distance).
+        x: ``[R, D]`` of unit norm. method: "pca" (about the mean of all rows) or "tsne" (by distance).
 
     Returns:
         ``[R, 2]``, and the shares of variance along the two axes, or None but for PCA.
@@ -127,15 +118,10 @@ def project(x, method, seed=0):
         raise HaclError(f"--method is {method!r}, allowed are {', '.join(METHODS)}.")
     # Rows that are equal, as captions are in models with the same language model, come once and to one place.
     x, places = np.unique(x.round(6), axis=0, return_inverse=True)
-    if method == "tsne":
-        from sklearn.manifold import TSNE
+    from sklearn.manifold import TSNE
 
-        perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))
-        points = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(x)
-    else:
-        import umap
-
-        points = umap.UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed).fit_transform(x)
+    perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))
+    points = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(x)
     return points[places.reshape(-1)], None
 
 
@@ -258,35 +244,3 @@ def closer_chart(path, models, heading):
         axis.set_xlim(-0.02, 1.02)
         axis.set_xlabel("share of pairs in which the image is closer to its true caption (bars: 95 %)")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-
-
-def margin_chart(path, models, heading):
-    """Histograms of cos(image, caption) - cos(image, hallucinated caption), one outline a model.
-
-    Args:
-        models: [(name, margins ``[M]``)].
-    """
-    everything = np.abs(np.concatenate([margins for _, margins in models]))
-    # The few furthest out would leave one bar for all the others.
-    limit = max(float(np.quantile(everything, 0.995)), 1e-6)
-    middle = max(float(np.median(everything)), limit / 1e4)
-    bent = limit > 20 * middle
-    edges = np.linspace(-limit, limit, 52)
-    if bent:
-        edges = middle * np.sinh(np.linspace(-1, 1, 52) * np.arcsinh(limit / middle))
-    with _chart(path, heading, 4.2) as axis:
-        for (name, margins), colour, style in zip(models, COLOURS, STYLES):
-            bars = {"x": np.clip(margins, -limit, limit), "bins": edges}
-            bars["weights"] = np.full(len(margins), 1 / len(margins))
-            line = {"color": colour, "linestyle": style, "linewidth": 1.8}
-            axis.hist(**bars, histtype="stepfilled", color=colour, alpha=0.15)
-            axis.hist(**bars, histtype="step", **line)
-            axis.plot([], [], label=f"{plain(name)}: {np.mean(margins > TIE):.0%} above 0", **line)  # for the legend
-        axis.axvline(0, color="0.25", linewidth=1.2)
-        if bent:
-            axis.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(middle)), linscale=1)
-        axis.set_xlabel("cos(image, caption) - cos(image, hallucinated caption)" + (", logarithmic" if bent else ""))
-        axis.set_ylabel("share of pairs")
-        axis.margins(x=0.01)
-        axis.set_ylim(0, axis.get_ylim()[1] * (1.1 + 0.08 * len(models)))  # room for the legend
-        axis.legend(loc="upper left")

@@ -3,10 +3,10 @@
 Shapes: N images with a caption each, M hallucinated captions of all images, D size. Everything is computed in float64
 on rows of unit norm, since HACL contrasts cosines; nothing is centred.
 
-Every measure but uniformity and separability is a function of sums over images, so that `statistics.summarise` and
-`statistics.paired` give intervals. The distance of two centroids a, b is one by the direction u = (a - b) / |a - b|:
-|a - b| = mean(u.a_i) - mean(u.b_i). In the bootstrap u and the centroids in the spread stay as they are (first order).
-The candidates of a retrieval stay, too: its interval is over queries.
+Every measure is a function of sums over images, so that `statistics.summarise` and `statistics.paired` give intervals.
+The distance of two centroids a, b is one by the direction u = (a - b) / |a - b|: |a - b| = mean(u.a_i) - mean(u.b_i).
+In the bootstrap u and the centroids in the spread stay as they are (first order). The candidates of a retrieval stay,
+too: its interval is over queries.
 """
 
 import itertools
@@ -153,82 +153,6 @@ def of_kind(kind):
     return lambda s: ratio(s[f"closer:{kind}"], s[f"m:{kind}"])
 
 
-# --- of the whole set -------------------------------------------------------------------------------------------------
-
-
-def uniformity(x, t=2.0):
-    """log of the mean over pairs i < j of exp(-t |x_i - x_j|^2): 0 for one point, lower the more they spread.
-
-    Wang & Isola 2020 (arXiv 2005.10242), section 4.1, with their t = 2. x: ``[N, D]``, taken to unit norm; nan for
-    N < 2.
-    """
-    x, total, n = unit(x), 0.0, len(x)
-    if n < 2:
-        return float("nan")
-    for start in range(0, n, 512):
-        squared = 2 - 2 * x[start : start + 512] @ x.T
-        total += np.exp(-t * np.maximum(squared, 0)).sum()
-    return float(np.log((total - n) / (n * (n - 1))))
-
-
-def separability(a, b, groups_a, groups_b, seed=0, shuffled=False, folds=5):
-    """How well a linear classifier tells rows of ``a`` from rows of ``b``: mean AUC over folds it has not seen.
-
-    Logistic regression (scikit-learn, C = 1) on unit-norm rows, standardised by the training folds; folds hold whole
-    images, so that no image or its captions are in both. 0.5 is chance, 1 is apart.
-
-    Args:
-        a, b: ``[R, D]``, ``[S, D]``. groups_a, groups_b: which image each row belongs to.
-        shuffled: the same with permuted labels, a control: what comes out where there is nothing to be found.
-
-    Returns:
-        The AUC, nan with fewer than ``folds`` images.
-    """
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import GroupKFold
-    from sklearn.preprocessing import StandardScaler
-
-    x = np.concatenate([unit(a), unit(b)])
-    y = np.r_[np.zeros(len(a), dtype=int), np.ones(len(b), dtype=int)]
-    groups = np.concatenate([groups_a, groups_b])
-    if len(np.unique(groups)) < folds:
-        return float("nan")
-    if shuffled:
-        y = np.random.default_rng(seed).permutation(y)
-    scores = []
-    for train, test in GroupKFold(folds).split(x, y, groups):
-        if len(set(y[train])) < 2 or len(set(y[test])) < 2:
-            continue
-        scaler = StandardScaler().fit(x[train])
-        classifier = LogisticRegression(max_iter=500)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the order of scores is all that is used
-            classifier.fit(scaler.transform(x[train]), y[train])
-        scores.append(roc_auc_score(y[test], classifier.decision_function(scaler.transform(x[test]))))
-    return float(np.mean(scores)) if scores else float("nan")
-
-
-def of_whole_set(v, t, h, owner, images, seed=0):
-    """Uniformity, and separability with its control, as {name: {"value", "control"?}}; arguments as `items_of`."""
-    _, code = np.unique(np.asarray(images), return_inverse=True)
-    found = {"uniformity_image": {"value": uniformity(v)}, "uniformity_caption": {"value": uniformity(t)}}
-    sets = {"separability_image_caption": (v, t, code, code)}
-    if len(h):
-        with_any = np.unique(owner)
-        sets["separability_caption_hallucinated"] = (t[with_any], h, code[with_any], code[owner])
-    for name, parts in sets.items():
-        found[name] = {
-            "value": separability(*parts, seed=seed),
-            "control": separability(*parts, seed=seed, shuffled=True),
-            "chance": 0.5,
-        }
-    return found
-
-
 # --- of models --------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +189,6 @@ def analyse(names, found, items, seed=0):
             values = _without_nan(statistics.summarise(MEASURES, row[space], seed=seed), "value")
             for measure, level in chance.items():
                 values[measure]["chance"] = level
-            values |= _without_nan(of_whole_set(v, t, h, x.owner, images, seed), "value")
             kind_values = statistics.summarise(by_kind, row[space], seed=seed)
             spaces[space] = {
                 "measures": values,
@@ -278,13 +201,8 @@ def analyse(names, found, items, seed=0):
         spaces = {}
         for space in (s for s in rows[one] if s in rows[other]):
             changes = statistics.paired(MEASURES, rows[other][space], rows[one][space], seed=seed)
-            changes = _without_nan(changes, "difference")
-            first, second = (models[k]["spaces"][space]["measures"] for k in (one, other))
-            for measure in second:
-                if measure not in changes and measure in first:
-                    changes[measure] = {"difference": second[measure]["value"] - first[measure]["value"]}
             spaces[space] = {
-                "measures": changes,
+                "measures": _without_nan(changes, "difference"),
                 "closer_to_true_by_kind": statistics.paired(by_kind, rows[other][space], rows[one][space], seed=seed),
             }
         same = _same(found[one].spaces["llm"][1], found[other].spaces["llm"][1])

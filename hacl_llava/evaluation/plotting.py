@@ -9,7 +9,7 @@ from . import write_bytes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
-METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}  # how `figures` brings representations to two dimensions
+METHODS = {"pca": "PCA", "tsne": "t-SNE"}  # how `figures` brings representations to two dimensions
 
 
 def pyplot():
