@@ -23,12 +23,11 @@ from .checkpoint import (
 )
 from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, savable_generation_config
 from .config import HaclConfig, HaclError
-from .modeling import TEMPERATURE_RANGE, HaclLlavaLlamaForCausalLM, HaclLlavaMistralForCausalLM
+from .modeling import HaclLlavaLlamaForCausalLM, HaclLlavaMistralForCausalLM
 
 # What may stand in a checkpoint beside the model's own: the tower (read from its own place unless it was tuned), old
-# transformers' buffers, and HACL's parts as the official release names them.
-_BESIDE = ("vision_tower.", "rotary_emb.inv_freq", "hacl_head.", "vision_projector.", "text_projector.", "itc_temp")
-_BESIDE += ("image_queue", "text_queue", "queue_ptr")
+# transformers' buffers, and HACL's heads.
+_BESIDE = ("vision_tower.", "rotary_emb.inv_freq", "hacl_head.")
 
 
 class Loaded(NamedTuple):
@@ -45,10 +44,10 @@ def load_pretrained(
 ):
     """Load a LLaVA checkpoint; its kind is seen from its files, not from its name.
 
-    Taken are: whole LLaVA checkpoints (``liuhaotian/llava-v1.5-7b`` as published, stage 2's output, the official HACL
-    release's layout), a projector (``mm_projector.bin``) or a LoRA folder with its ``base``, and Hugging Face's
-    ``LlavaForConditionalGeneration``. Every tensor's shape is compared with what config.json asks for before a model
-    is built. Pickles are read with ``weights_only=True``.
+    Taken are: whole LLaVA checkpoints (``liuhaotian/llava-v1.5-7b`` as published, stage 2's output), a projector
+    (``mm_projector.bin``) or a LoRA folder with its ``base``, and Hugging Face's ``LlavaForConditionalGeneration``.
+    Every tensor's shape is compared with what config.json asks for before a model is built. Pickles are read with
+    ``weights_only=True``.
 
     Args:
         path: folder, or a name on the hub.
@@ -57,8 +56,8 @@ def load_pretrained(
         dtype: of the weights; None: float16 on a GPU as LLaVA's own loader has it, float32 elsewhere.
         bits: 4 or 8: quantized through bitsandbytes (``[quantize]``), the projector and the tower excepted.
         vision_tower: folder or hub name in place of config.json's.
-        hacl: make it a `HaclLlavaLlamaForCausalLM` with heads and temperature as saved beside it (ours or the
-            official release's layout), else fresh, so that stage 1 can go on.
+        hacl: make it a `HaclLlavaLlamaForCausalLM` with heads and temperature as saved beside it, else fresh, so that
+            stage 1 can go on.
         attn_implementation: handed to transformers.
 
     Returns:
@@ -415,31 +414,6 @@ def _tower_of(hf):
 
 
 def _heads(folder, config, model, eos):
-    """Heads and temperature: ours (hacl_head.safetensors) or the official release's, else fresh ones."""
-    if model.load_hacl_head(folder, eos):
-        return
-    official = {}
-    if is_whole(folder):
-        weights = Weights(folder)
-        names = {n.removeprefix("model."): n for n in weights}
-        official = {k: weights[n] for k, n in names.items() if k.startswith(("vision_proj", "text_proj", "itc_temp"))}
-    if not official:
+    """Heads and temperature as saved in the folder, else fresh ones."""
+    if not model.load_hacl_head(folder, eos):
         model.enable_hacl(HaclConfig.from_dict(config["hacl"]) if "hacl" in config else HaclConfig(), eos)
-        return
-    needed = {f"{m}_projector.{p}" for m in ("vision", "text") for p in ("weight", "bias")} | {"itc_temp"}
-    if lacking := sorted(needed - set(official)):
-        raise CheckpointError(f"{folder}: of the official release's heads, {', '.join(lacking)} is missing.")
-    temperature = float(official["itc_temp"])
-    settings = HaclConfig(
-        temperature=min(max(temperature, TEMPERATURE_RANGE[0]), TEMPERATURE_RANGE[1]),
-        negatives="batch",  # the released code's
-        queue_size=config.get("queue_size", 0) if config.get("use_queue") else 0,
-        head_dim=official["vision_projector.weight"].shape[0],
-    )
-    model.enable_hacl(settings, eos)
-    state = {
-        f"{ours}.{part}": official[f"{theirs}_projector.{part}"]
-        for ours, theirs in (("visual", "vision"), ("text", "text"))
-        for part in ("weight", "bias")
-    }
-    model.hacl_head.load_state_dict(state, strict=False)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .. import compat  # noqa: F401  (before llava)
 from ..chat import open_image
-from ..checkpoint import Weights, is_whole, local_folder, read_json
+from ..checkpoint import is_whole, local_folder, read_json
 from ..config import HaclConfig, HaclError
 from ..data import tokenize_caption
 from ..loading import load_pretrained
@@ -141,11 +141,6 @@ def sample_records(path, limit, seed):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def _has_official_heads(folder):
-    whole = is_whole(folder) and not (folder / "adapter_config.json").exists()
-    return whole and any(name.endswith("vision_projector.weight") for name in Weights(folder))
-
-
 def hacl_settings(path):
     """A checkpoint's own HACL settings.
 
@@ -162,8 +157,6 @@ def hacl_settings(path):
     found = read_head(folder)
     if found is not None:
         return found[0], found[0].head_dim != 0
-    if _has_official_heads(folder):
-        return HaclConfig(visual_bos=False, fused=False), True  # as the released code has it
     saved = read_json(folder / "config.json").get("hacl")
     return (HaclConfig.from_dict(saved) if saved else None), False
 
