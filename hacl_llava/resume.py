@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -471,24 +470,3 @@ def check_folder(folder):
         probe.unlink()
     except OSError as error:
         raise HaclError(f"--output_dir {folder}: cannot be written ({error.strerror}); give another.") from None
-
-
-def check_room(folder, checkpoint, final, writes, limit):
-    """Refuse a disk on which a run would not find the room for what it will have written.
-
-    Args:
-        folder: of the run. checkpoint, final: bytes of a checkpoint and of what the end writes.
-        writes: checkpoints still to be written. limit: ``--save_total_limit`` or None.
-
-    Raises:
-        HaclError: there is less free than that.
-    """
-    kept = min(writes, max(limit - len(checkpoints(folder)), 0) + 1) if limit else writes  # one more while it is saved
-    need = kept * checkpoint + final
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise HaclError(
-            f"{folder}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are needed: {kept} checkpoint"
-            f"{'s' if kept != 1 else ''} of about {checkpoint / 1e9:.2f} GB, and {final / 1e9:.2f} GB at the end. Make "
-            "room, or give --save_total_limit, a larger --save_steps or another --output_dir."
-        )

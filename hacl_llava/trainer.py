@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -26,7 +25,6 @@ from .resume import (
     StopInStep,
     Stopped,
     broken,
-    check_room,
     checkpoints,
     differences,
     flush,
@@ -130,7 +128,7 @@ class ResumableTrainer(LLaVATrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole(self.args.output_dir, self.is_local_process_zero())
-        self._check_before(resume_from_checkpoint)
+        self._check_before()
         self._resumes = resume_from_checkpoint
         if resume_from_checkpoint and on_first_rank():
             print(f"resuming from {resume_from_checkpoint}", flush=True)
@@ -150,57 +148,13 @@ class ResumableTrainer(LLaVATrainer):
     def _stage1(self):
         return getattr(self.args, "tune_mm_mlp_adapter", False)
 
-    def _check_before(self, resumes):
-        """What could fail after the last step fails now: the projector's names, what is written, the room for it."""
+    def _check_before(self):
+        """What could not be saved after the last step is refused before the first."""
         named = list(self.model.named_parameters())
         if self._stage1() and not any("mm_projector" in n and p.requires_grad for n, p in named):
             raise HaclError("--tune_mm_mlp_adapter True, but no mm_projector is trained: give --vision_tower.")
         if self._stage1() and self.is_fsdp_enabled:
             raise HaclError("stage 1 under FSDP cannot be saved; give --deepspeed zero_configs/zero2.json instead.")
-        with self._unfinished(self.args.output_dir) as part:
-            if self._moves():
-                part.mkdir(parents=True)
-                self._rehearse(part)
-                shutil.rmtree(part)
-        if not self._moves():
-            return
-        size = {n: getattr(p, "ds_numel", p.numel()) for n, p in named}
-        trained = sum(size[n] for n, p in named if p.requires_grad)
-        if self._stage1() or getattr(self.args, "lora_enable", False):
-            checkpoint, final = 16 * trained, 4 * trained
-        else:
-            final = sum(size[n] * p.element_size() for n, p in named)
-            checkpoint = 2 * final + 12 * trained if self.is_deepspeed_enabled else 3 * final
-        if hacl := getattr(self.model, "hacl_config", None):
-            hidden = self.model.config.hidden_size
-            checkpoint += 8 * hacl.queue_size * {0: hidden, -1: hidden // 4}.get(hacl.head_dim, hacl.head_dim)
-        done = int(Path(resumes).name.rsplit("-", 1)[1]) if resumes else 0
-        check_room(self.args.output_dir, checkpoint, final, self._saves_left(done), self.args.save_total_limit)
-
-    def _rehearse(self, part):
-        try:
-            self.model.config.save_pretrained(part)
-            if self.model.generation_config is not None:
-                self.model.generation_config.save_pretrained(part)
-            tokenizer = getattr(self, "processing_class", None) or getattr(self, "tokenizer", None)
-            if tokenizer is not None and not self._stage1():
-                tokenizer.save_pretrained(part)
-        except (ValueError, TypeError) as error:  # what the system refuses is `_unfinished`'s
-            raise HaclError(
-                f"the model's settings or tokenizer could not be saved after the training: {error}"
-            ) from None
-
-    def _saves_left(self, done):
-        args, strategy = self.args, getattr(self.args.save_strategy, "value", self.args.save_strategy)
-        steps = (
-            args.max_steps if args.max_steps > 0 else len(self.train_dataset) * args.num_train_epochs / self._batch()
-        )
-        if strategy == "no":
-            return 1  # when a signal comes
-        if strategy == "epoch":
-            return math.ceil((steps - done) * self._batch() / len(self.train_dataset))
-        every = args.save_steps if args.save_steps >= 1 else max(math.ceil(args.save_steps * steps), 1)
-        return max(math.ceil((steps - done) / every), 1)
 
     def _batch(self):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

@@ -214,31 +214,10 @@ def test_checkpoint_of_stock_llava_is_refused_in_words(train, tmp_path):
     assert status == 2 and re.search("error: .*checkpoint-4: is not of a stage 1 that can be gone on from.*remove", err)
 
 
-def test_what_would_fail_at_the_end_fails_at_the_start(train, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(train, tmp_path):
     (tmp_path / "file").write_text("")
     status, err = train(tmp_path / "file/out")
     assert status == 2 and "error:" in err and "file" in err and "Traceback" not in err
-
-    usage = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=500_000))
-    # 10,401 floats that train, 16 bytes each, and the queue; three kept for a moment, and the end
-    assert train(tmp_path / "out", "--max_steps", "1")[0] == 0
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=300_000))
-    status, err = train(tmp_path / "more", "--save_total_limit", "4")
-    assert status == 2 and "GB are needed: 5 checkpoints of about 0.00 GB" in err and "--save_total_limit" in err
-    assert not list((tmp_path / "more").iterdir())  # nothing half-written
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(HaclError, match=r"2 checkpoints of about 1000.00 GB, and 50.00 GB at the end"):
-        resume.check_room(tmp_path, 10**12, 5 * 10**10, 2, None)
-
-    from transformers import GenerationConfig
-
-    def unsavable(self, *args, **kwargs):
-        raise ValueError("temperature without do_sample")
-
-    monkeypatch.setattr(GenerationConfig, "save_pretrained", unsavable)
-    status, err = train(tmp_path / "generation")
-    assert status == 2 and "could not be saved after the training: temperature without do_sample" in err
 
 
 def test_loss_scale_of_fp16_goes_on():
