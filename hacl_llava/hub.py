@@ -14,7 +14,7 @@ from . import __version__
 from .config import HaclError
 
 CARD = "README.md"
-_MARK = "<!-- hacl_llava card: "
+_MARK = "hacl_llava writes this file anew"
 _KNOWN = (
     "a stage-1 folder (mm_projector.bin, config.json), LoRA (adapter_config.json), a whole LLaVA checkpoint, or one "
     "in Hugging Face's format (LlavaForConditionalGeneration)"
@@ -132,23 +132,16 @@ def _merged(facts, others):
     return {part: value or others.get(part) or value for part, value in facts.items()}
 
 
-def _remembered(card):
-    """The facts that a card of ours holds; None where it is somebody else's, or is not there."""
+def _is_ours(card):
+    """Whether a README.md may be replaced: one that this module wrote, or peft's own form that nobody has filled in."""
     from .checkpoint import CheckpointError
 
     try:
         text = card.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise CheckpointError(f"{card}: cannot be read ({error.strerror}).") from None
-    if "library_name: peft" in text and text.count("[More Information Needed]") > 5:
-        return {}  # peft's own form beside an adapter, which nobody has filled in
-    found = re.search(f"^{re.escape(_MARK)}(.*)$", text, re.M)
-    try:
-        return found and _dict(json.loads(found[1]))
-    except ValueError:  # edited by hand: the files alone are told of
-        return {}
+    form = "library_name: peft" in text and text.count("[More Information Needed]") > 5
+    return form or re.search(f"<!--[^>]*{_MARK}", text) is not None
 
 
 def read_evaluation(path):
@@ -313,7 +306,7 @@ def write_card(folder, evaluation=None, source=None, base=None):
     Args:
         folder: a stage-1 folder, LoRA, a whole LLaVA checkpoint, or one in Hugging Face's format.
         evaluation: path of a json file with results (see `read_evaluation`), or None.
-        source: the folder that it was exported from, which tells of the training; the card remembers it.
+        source: the folder that it was exported from, which tells of the training.
         base: name or folder of the language model that it was exported with.
 
     Returns:
@@ -333,15 +326,11 @@ def write_card(folder, evaluation=None, source=None, base=None):
     card = folder / CARD
     facts = _facts(folder)
     if source:
-        facts = _merged(_merged(facts, _facts(Path(source))), _remembered(Path(source) / CARD) or {})
+        facts = _merged(facts, _facts(Path(source)))
     if base:
         facts["base"] = _named(base)
-    if card.exists() or card.is_symlink():
-        remembered = _remembered(card)
-        if remembered is None:
-            return None
-        facts = _merged(facts, remembered)
-    memory = json.dumps(facts).replace(">", "\\u003e")  # an arrow would end the comment
+    if (card.exists() or card.is_symlink()) and not _is_ours(card):
+        return None
     config = _dict(read_json(folder / "config.json")) if (folder / "config.json").exists() else {}
     facts["mistral"] = "mistral" in str(config.get("model_type"))
 
@@ -375,7 +364,7 @@ def write_card(folder, evaluation=None, source=None, base=None):
         "## Versions": _table(("package", "version"), versions),
         "## Citation": _CITATION,
     }
-    comment = f"{_MARK}{memory}\nhacl_llava writes this file anew; remove this comment to keep changes of your own. -->"
+    comment = f"<!-- {_MARK}; remove this comment to keep changes of your own. -->"
     text = f"---\n{data.to_yaml()}\n---\n\n{comment}\n\n" + "\n\n".join(f"{k}\n\n{v}" for k, v in sections.items())
     part = folder / f"{CARD}.part"
     try:

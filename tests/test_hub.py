@@ -169,18 +169,7 @@ def test_base_models_that_are_no_ids_stay_out_of_the_front_matter(stage1, tmp_pa
         assert front.get("base_model") == named and f"- Language model: {named or 'vicuna'}\n" in body
 
 
-def test_a_name_does_not_end_the_cards_comment(stage1):
-    config = json.loads((stage1 / "config.json").read_text())
-    write(stage1 / "config.json", {**config, "mm_vision_tower": "odd --> <b>name"})
-    hub.write_card(stage1)
-    first = (stage1 / "README.md").read_text()
-    comment = re.search("<!--.*?-->", first, re.S).group()
-    assert comment.endswith("keep changes of your own. -->")
-    hub.write_card(stage1)
-    assert (stage1 / "README.md").read_text() == first
-
-
-def test_an_export_gets_a_card_that_remembers_the_training(mini, stage1, tmp_path, capsys):
+def test_an_export_gets_a_card_that_tells_of_the_training(mini, stage1, tmp_path, capsys):
     target = tmp_path / "out"
     results = write(tmp_path / "results.json", RESULTS)
     command = ["export", "--to", "hf", stage1, target, "--base", mini.llm, "--evaluation", results]
@@ -189,10 +178,8 @@ def test_an_export_gets_a_card_that_remembers_the_training(mini, stage1, tmp_pat
     assert front["library_name"] == "transformers" and front["tags"] == ["llava", "hacl"] and "model-index" in front
     assert "- Language model: llm" in body and "| hacl_queue_size | 16384 |" in body and "vllm serve out" in body
     assert main(["card", str(target)]) == 0  # which sees neither the source nor its settings
-    assert parts(target)[1].count("| hacl_queue_size | 16384 |") == 1 and "model-index" not in parts(target)[0]
-    assert main(["export", "--to", "llava", str(target), str(tmp_path / "back")]) == 0
-    front, body = parts(tmp_path / "back")
-    assert front["library_name"] == "llava" and "| hacl_queue_size | 16384 |" in body
+    front, body = parts(target)
+    assert "| hacl_queue_size | 16384 |" not in body and "model-index" not in front
     assert not list(tmp_path.rglob("README.md.part"))
 
 
@@ -225,7 +212,8 @@ def test_somebody_elses_readme_is_kept(stage1, tmp_path, capsys):
     form = "---\nlibrary_name: peft\n---\n" + "## About\n[More Information Needed]\n" * 20  # as peft leaves it
     (stage1 / "README.md").write_text(form)
     assert hub.write_card(stage1) and (stage1 / "README.md").read_text() == ours
-    (stage1 / "README.md").write_text(ours.replace('{"base"', "{base"))  # a damaged comment of ours
+    memory = '<!-- hacl_llava card: {"base": "vicuna", "hacl": {}}\n'  # as versions before this one wrote it
+    (stage1 / "README.md").write_text(ours.replace("<!-- ", memory))
     assert hub.write_card(stage1) and (stage1 / "README.md").read_text() == ours
 
 
