@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that misbehaves as told: /chat/completions, /files, /batches."""
+"""An OpenAI-compatible endpoint on loopback that misbehaves as told: /chat/completions."""
 
 import json
 import re
@@ -6,9 +6,8 @@ import socket
 import struct
 import threading
 import time
-from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 ANIMALS = ("elephant", "penguin", "kangaroo", "octopus")
 KEY = "sk-test-0123456789abcdef"
@@ -36,20 +35,16 @@ class OpenAIServer:
     "same" (the caption itself), "few" (one too few), "no-usage"; "quota", "policy", "bad" (a 400), "echo-key" (a 500
     that holds the key), "tokens" (a 400 unless max_completion_tokens is used).
     ``latency``: seconds before each answer. ``formats``: the response formats taken. ``models``: those known.
-    ``batch_plan``: behaviours of batches as they are made: "ok", "expired" and "cancelled" (with the first half done),
-    "failed", "limit" (failed, too many tokens), "broken" (the error file has half a line), "lost" (made, but the
-    connection is reset). ``polls``: looks at a batch before it is final.
 
     ``log``: a dict for each request: caption, time, path, body, sent (whether a good answer was sent in full).
     ``most``: the most completions in flight at once.
     """
 
     def __init__(self, plan=None, latency=0.0, key=KEY, formats=("json_schema", "json_object", "text"), models=("m",),
-                 batch_plan=(), polls=1, hang=30.0):  # fmt: skip
+                 hang=30.0):  # fmt: skip
         self.plan = {k: v if isinstance(v, str) else list(v) for k, v in (plan or {}).items()}
         self.latency, self.key, self.formats, self.models = latency, key, formats, models
-        self.batch_plan, self.polls, self.hang = list(batch_plan), polls, hang
-        self.log, self.files, self.batches = [], {}, {}
+        self.hang, self.log = hang, []
         self.flying = self.most = 0
         self.lock, self.over = threading.Lock(), threading.Event()
 
@@ -160,54 +155,20 @@ class OpenAIServer:
                 content = json.dumps({"captions": captions[:-1]})
         return 200, {}, completion(content, finish, **message), content == good
 
-    # ---- batches
-
-    def make_batch(self, request):
-        n = len(self.batches)
-        how = self.batch_plan.pop(0) if self.batch_plan else "ok"
-        batch = {
-            "id": f"batch_{n}", "object": "batch", "endpoint": request["endpoint"], "status": "in_progress",
-            "input_file_id": request["input_file_id"], "completion_window": "24h", "created_at": int(time.time()),
-            "metadata": request["metadata"], "output_file_id": None, "error_file_id": None, "errors": None,
-        }  # fmt: skip
-        self.batches[batch["id"]] = {"json": batch, "how": how, "polls": self.polls}
-        return "reset" if how == "lost" else batch
-
-    def look(self, name):
-        batch = self.batches[name]
-        batch["polls"] -= 1
-        if batch["polls"] < 0 and batch["json"]["status"] == "in_progress":
-            self._finish(batch["json"], batch["how"])
-        return batch["json"]
-
-    def _finish(self, batch, how):
-        lines = [json.loads(line) for line in self.files[batch["input_file_id"]].split(b"\n") if line]
-        output, errors = [], []
-        if how in ("failed", "limit"):
-            code = {"failed": "invalid_json_line", "limit": "token_limit_exceeded"}[how]
-            batch.update(status="failed", errors={"object": "list", "data": [{"code": code, "message": "no batch"}]})
-            return
-        done = lines[: len(lines) // 2] if how in ("expired", "cancelled") else lines
-        for line in done:
-            entry, response = self.respond(line["body"])
-            entry["custom_id"] = line["custom_id"]
+    def results(self, requests):
+        """The result lines of a file of requests, as OpenAI's Batch API and ``vllm run-batch`` write them."""
+        lines = []
+        for request in map(json.loads, requests.splitlines()):
+            assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
+            entry, response = self.respond(request["body"])
+            entry["custom_id"] = request["custom_id"]
             if isinstance(response, str):
                 response = 500, {}, {"error": {"message": "server error", "code": None}}, False
             status, _, body, entry["sent"] = response
             reply = {"status_code": status, "request_id": "r", "body": body}
-            reply = {"id": "b", "custom_id": line["custom_id"], "response": reply, "error": None}
-            (output if status == 200 else errors).append(json.dumps(reply, ensure_ascii=False))
-        for line in lines[len(done) :]:
-            error = {"code": "batch_expired", "message": "This request could not be executed in time."}
-            reply = {"id": "b", "custom_id": line["custom_id"], "response": None, "error": error}
-            errors.append(json.dumps(reply))
-        if how == "broken":
-            errors.append('{"id": "b", "custom')
-        for key, replies in (("output_file_id", output), ("error_file_id", errors)):
-            if replies:
-                batch[key] = f"file-{len(self.files)}"
-                self.files[batch[key]] = "\n".join(replies[::-1]).encode() + b"\n"
-        batch["status"] = how if how in ("expired", "cancelled") else "completed"
+            reply = {"id": "b", "custom_id": request["custom_id"], "response": reply, "error": None}
+            lines.append(json.dumps(reply, ensure_ascii=False) + "\n")
+        return lines
 
 
 def unicode(caption):
@@ -230,8 +191,7 @@ class Handler(BaseHTTPRequestHandler):
         self.handle_one(self.rfile.read(int(self.headers["Content-Length"])))
 
     def handle_one(self, data):
-        owner, url = self.owner, urlsplit(self.path)
-        path, query = url.path.removeprefix("/v1"), parse_qs(url.query)
+        owner, path = self.owner, urlsplit(self.path).path.removeprefix("/v1")
         if self.headers["Authorization"] != f"Bearer {owner.key}":
             got = self.headers["Authorization"]
             return self.send(
@@ -240,27 +200,6 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/chat/completions":
             return self.complete(json.loads(data))
         owner.log.append({"path": path, "time": time.monotonic(), "method": self.command})
-        if path == "/files":
-            head = b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n"
-            parts = BytesParser().parsebytes(head + data).get_payload()
-            (content,) = (p.get_payload(decode=True) for p in parts if 'name="file"' in p["Content-Disposition"])
-            name = f"file-{len(owner.files)}"
-            owner.files[name] = content
-            reply = {"id": name, "object": "file", "bytes": len(content), "created_at": 1, "filename": "f"}
-            return self.send(200, {**reply, "purpose": "batch", "status": "processed"})
-        if match := re.fullmatch("/files/(.+)/content", path):
-            content = owner.files.get(match[1])
-            return self.send(200, content) if content else self.send(404, {"error": {"message": "No such file"}})
-        if path == "/batches" and self.command == "POST":
-            return self.reply(owner.make_batch(json.loads(data)))
-        if path == "/batches":
-            newest = [b["json"] for b in owner.batches.values()][::-1]
-            names = [b["id"] for b in newest]
-            start = names.index(query["after"][0]) + 1 if "after" in query else 0
-            page = newest[start : start + 2]  # small, so that clients have to turn pages
-            return self.send(200, {"object": "list", "data": page, "has_more": start + 2 < len(newest)})
-        if (name := path.removeprefix("/batches/")) in owner.batches:
-            return self.send(200, owner.look(name))
         return self.send(404, {"error": {"message": "Not found"}})
 
     def complete(self, body):

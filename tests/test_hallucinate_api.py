@@ -1,6 +1,5 @@
-"""Captions from an endpoint: prompts, reading of answers, every way an endpoint misbehaves, the bill, batches."""
+"""Captions from an endpoint: prompts, reading of answers, every way an endpoint misbehaves, the bill."""
 
-import contextlib
 import gc
 import hashlib
 import json
@@ -12,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,7 @@ from openai_server import KEY, OpenAIServer, rewrite, unicode  # noqa: E402
 
 from hacl_llava.config import HaclError  # noqa: E402
 from hacl_llava.hallucinate import KINDS, Item, api, prompts  # noqa: E402
-from hacl_llava.hallucinate.api import ApiSource, BatchSource, estimate  # noqa: E402
+from hacl_llava.hallucinate.api import ApiSource, estimate  # noqa: E402
 from hacl_llava.hallucinate.prompts import Prompt, parse  # noqa: E402
 
 TESTS = Path(__file__).parent
@@ -558,7 +556,7 @@ def test_settings_are_checked(monkeypatch):
     for settings_, message in (
         ({"max_cost": 1.0}, "without a price"), ({"response_format": "xml"}, "one of schema, json, text"),
         ({"concurrency": 0}, "concurrency is 0"), ({"requests_per_minute": 0}, "requests_per_minute 0"),
-        ({"attempts": 0}, "attempts is 0"), ({"timeout": 0}, "timeout 0"), ({"retries": -1}, "retries -1"),
+        ({"attempts": 0}, "attempts is 0"), ({"timeout": 0}, "timeout 0"), ({"retries": -1}, "retries is -1"),
         ({"base_url": "localhost:80/v1"}, "base_url must be http"), ({"base_url": "http://h:x/v1"}, "base_url must be"),
         ({"base_url": f"http://u:{KEY}@h/v1"}, "base_url must be"), ({"base_url": f"http://h/?key={KEY}"}, "base_url"),
         ({"base_url": None, "key_env": "NO_KEY"}, "the environment variable NO_KEY is not set"),
@@ -593,19 +591,17 @@ def test_the_key_stays_inside(caplog, capsys, tmp_path):
     for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
         caplog.set_level(logging.DEBUG, name)
     texts, said = captions(4), []
-    for cls, more in ((ApiSource, {}), (BatchSource, {"state_path": tmp_path / "state", "poll_seconds": 0.01})):
-        for key in (KEY, "sk-right"):
-            plan = {texts[0]: "echo-key", texts[1]: ["429:0.1"], texts[2]: "reset", texts[3]: "format"}
-            with OpenAIServer(plan, key=key, formats=("text",)) as server:
-                s = source(server, cls, retries=1, **more)
-                got, error = drain(s.answers(items(texts)))
-                said += [repr(got), repr(s), str(s), repr(error), s.stopped]
-                assert bool(error) == (key != KEY) and (error is None or "***" in str(error))
-                assert key != KEY or "***" in repr(got)
-                while error:
-                    said += [str(error), repr(error), repr(error.args)]
-                    error = error.__cause__ or error.__context__
-            (tmp_path / "state").unlink(missing_ok=True)
+    for key in (KEY, "sk-right"):
+        plan = {texts[0]: "echo-key", texts[1]: ["429:0.1"], texts[2]: "reset", texts[3]: "format"}
+        with OpenAIServer(plan, key=key, formats=("text",)) as server:
+            s = source(server, retries=1)
+            got, error = drain(s.answers(items(texts)))
+            said += [repr(got), repr(s), str(s), repr(error), s.stopped]
+            assert bool(error) == (key != KEY) and (error is None or "***" in str(error))
+            assert key != KEY or "***" in repr(got)
+            while error:
+                said += [str(error), repr(error), repr(error.args)]
+                error = error.__cause__ or error.__context__
     out = capsys.readouterr()
     logged = "".join(record.getMessage() + repr(record.args) for record in caplog.records)
     assert len(logged) > 1000  # the clients do log
@@ -715,238 +711,3 @@ def test_interrupt_leaves_no_noise():
 def test_import_is_light():
     code = "import sys, hacl_llava.hallucinate.api; assert not {'openai', 'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=TESTS.parent, timeout=60)
-
-
-# ---- batches
-
-
-@pytest.fixture
-def batched(tmp_path):
-    def make(server, **more):
-        return source(server, BatchSource, **{"state_path": tmp_path / "state.json", "poll_seconds": 0.01, **more})
-
-    return make
-
-
-def submitted(server):
-    """How often each item is in a batch, one that nobody looked at again included; by index."""
-    files = [server.files[batch["json"]["input_file_id"]] for batch in server.batches.values()]
-    ids = [json.loads(line)["custom_id"] for file in files for line in file.splitlines()]
-    count = Counter(int(custom_id.partition("-")[0]) for custom_id in ids)
-    return [count[index] for index in range(len(count))]
-
-
-def asked(server):
-    """How often each caption was answered."""
-    return sorted(len(server.calls(caption)) for caption in {entry.get("caption") for entry in server.log} - {None})
-
-
-def test_batches(batched, tmp_path):
-    texts = captions(12)
-    with OpenAIServer({texts[3]: "unicode"}) as server:
-        answers = list(batched(server, chunk=5).answers(items(texts)))
-        assert sorted(a.index for a in answers) == list(range(12)) and all(a.captions and not a.reason for a in answers)
-        assert {a.captions[0][1] for a in answers if a.index == 3} == {" ".join(unicode(rewrite(texts[3])).split())}
-        assert len(server.batches) == 3 and asked(server) == [1] * 12
-        state = json.loads((tmp_path / "state.json").read_text())
-        for n, batch in enumerate(server.batches.values()):
-            assert batch["json"]["metadata"] == {"hacl_run": state["run"], "chunk": str(n)}
-            lines = [json.loads(line) for line in server.files[batch["json"]["input_file_id"]].splitlines()]
-            assert [line["custom_id"] for line in lines] == [f"{i}-0" for i in range(12)[5 * n : 5 * n + 5]]
-            assert lines[0]["url"] == "/v1/chat/completions" and lines[0]["method"] == "POST"
-        # the same request as without batches
-        list(source(server).answers(items(texts[:1])))
-        assert server.calls(texts[0])[0]["body"] == server.calls(texts[0])[1]["body"]
-        # started again: all answers, no batch
-        again = list(batched(server, chunk=5).answers(items(texts)))
-        assert sorted(again) == sorted(answers) and len(server.batches) == 3
-        assert list(batched(server).answers([])) == [] and len(server.batches) == 3
-
-
-def test_batch_asks_again_for_what_was_rejected_or_not_usable(batched):
-    texts = captions(6)
-    plan = {texts[1]: ["same"], texts[2]: ["cut", "null"], texts[3]: "same", texts[4]: "refusal", texts[5]: ["few"]}
-    with OpenAIServer(plan) as server:
-        answers = {a.index: a for a in batched(server).answers(items(texts, ("existence", "quantity")))}
-        assert len(answers) == 6 and len(server.batches) == 3
-        ids = [entry["custom_id"] for entry in server.calls(texts[3])]
-    assert ids == ["3-0", "3-1", "3-2"]
-    assert [len(answers[i].captions) for i in range(6)] == [2, 2, 2, 0, 0, 2]
-    assert answers[3].reason == "every candidate was rejected" and answers[3].rejected == {"same": 6}
-    assert answers[4].reason == "refused by the model" and answers[2].usage == {"input": 900, "output": 120}
-
-
-def test_batch_error_lines(batched, capsys):
-    texts = captions(5)
-    plan = {texts[0]: "500", texts[1]: ["503"], texts[2]: "policy", texts[3]: ["body"]}
-    with OpenAIServer({**plan, texts[3]: "bad"}, batch_plan=["broken", "broken"], formats=("text",)) as server:
-        answers = {a.index: a for a in batched(server).answers(items(texts))}
-        assert len(server.batches) == 4  # two for the form, one, and one more for what failed
-    assert "going on with 'text'" in capsys.readouterr().err
-    assert answers[0].failed and answers[0].reason == "endpoint: 500: not now"
-    assert answers[3].failed and answers[3].reason.startswith("endpoint: 400: Invalid value")
-    assert answers[1].captions and answers[4].captions
-    assert not answers[2].failed and answers[2].reason == "refused by the model"
-
-
-@pytest.mark.parametrize("how", ["expired", "cancelled", "failed"])
-def test_batches_that_are_not_finished(batched, how):
-    texts = captions(6)
-    with OpenAIServer(batch_plan=[how]) as server:
-        answers = list(batched(server).answers(items(texts)))
-        assert len(answers) == 6 and all(a.captions for a in answers) and asked(server) == [1] * 6
-        assert len(server.batches) == 2
-    with OpenAIServer(batch_plan=[how] * 2) as server:
-        answers = list(batched(server, state_path=batched(server).state_path.with_name("other")).answers(items(texts)))
-        failed = [a for a in answers if a.failed]
-        assert len(answers) == 6 and len(failed) == {"failed": 6}.get(how, 2)  # half, and half of the other half
-        assert all(a.reason.startswith("endpoint: ") for a in failed) and len(server.batches) == 2
-        # the next run asks the failed ones again
-        left = [items(texts)[a.index] for a in failed]
-        more = list(batched(server, state_path=batched(server).state_path.with_name("other")).answers(left))
-        assert len(more) == len(left) and all(a.captions and a.usage["input"] == 300 for a in more)
-        assert asked(server) == [1] * 6
-
-
-def test_limit_of_enqueued_tokens(batched):
-    texts = captions(6)
-    with OpenAIServer(batch_plan=["ok", "limit", "limit"], polls=2) as server:
-        answers = list(batched(server, chunk=2).answers(items(texts)))
-        assert len(answers) == 6 and all(a.captions for a in answers) and asked(server) == [1] * 6
-        made = len(server.batches)
-        assert sorted(batched(server, chunk=2).answers(items(texts))) == sorted(answers) and len(server.batches) == made
-    with OpenAIServer(batch_plan=["limit"] * 9) as server:
-        got, error = drain(batched(server, state_path=batched(server).state_path.with_name("x")).answers(items(texts)))
-        assert not got and "lower chunk" in str(error) and len(server.batches) == 1
-
-
-def test_a_batch_whose_creation_got_no_answer_is_not_made_twice(batched):
-    with OpenAIServer(batch_plan=["lost", "ok", "lost"]) as server:
-        answers = list(batched(server, chunk=2).answers(items(captions(6))))
-        assert len(answers) == 6 and len(server.batches) == 3 and submitted(server) == [1] * 6
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill(monkeypatch, at, when):
-    """Ends the run before or after a write of the state; returns a list whose length is the number of writes."""
-    save, saves = BatchSource._save, []
-
-    def killing(self, state):
-        saves.append(1)
-        if len(saves) == at and when == "before":
-            raise Killed
-        save(self, state)
-        if len(saves) == at:
-            raise Killed
-
-    monkeypatch.setattr(BatchSource, "_save", killing)
-    return saves
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_at_any_write_of_the_state(tmp_path, monkeypatch, when):
-    """Nothing is submitted twice, nothing is lost, nothing is answered or billed twice."""
-    texts = captions(6)
-    for at in range(1, 100):
-        with OpenAIServer({texts[1]: ["same"], texts[4]: "same"}) as server, monkeypatch.context() as patch:
-            saves, answers = kill(patch, at, when), []
-            more = {"state_path": tmp_path / f"{at}.json", "poll_seconds": 0.001, "chunk": 2}
-            with contextlib.suppress(Killed):
-                for answer in source(server, BatchSource, **more).answers(items(texts)):
-                    answers.append(answer)
-            killed = len(saves) == at
-            saves.extend([1] * 1000)  # no second kill
-            left = [item for item in items(texts) if item.index not in {a.index for a in answers}]
-            answers += source(server, BatchSource, **more).answers(left)
-            assert sorted(a.index for a in answers) == list(range(6)), at
-            assert [bool(a.captions) for a in sorted(answers)] == [True, True, True, True, False, True]
-            assert submitted(server) == [1, 2, 1, 1, 3, 1], at
-            assert sum(a.usage["input"] for a in answers) == 300 * 9
-        if not killed:
-            break
-    assert at > 10
-
-
-def test_killed_between_answers(batched):
-    texts = captions(7)
-    with OpenAIServer({texts[2]: ["same"]}) as server:
-        answers = []
-        for _ in range(20):
-            left = [item for item in items(texts) if item.index not in {a.index for a in answers}]
-            run = batched(server, chunk=3).answers(left)
-            answers += [answer for answer, _ in zip(run, range(1))]
-            run.close()
-            if not left:
-                break
-        assert sorted(a.index for a in answers) == list(range(7)) and submitted(server) == [1, 1, 2, 1, 1, 1, 1]
-        assert len(server.batches) == 4
-
-
-def test_batch_spending_cap(batched):
-    texts = captions(20)
-    with OpenAIServer() as server:
-        s = batched(server, price=PRICE, max_cost=0.05, chunk=4)
-        answers = list(s.answers(items(texts)))
-        assert 0 < len(answers) * REQUEST <= 0.05 and len(answers) > 8 and asked(server) == [1] * len(answers)
-        assert "spending cap" in s.stopped
-        left = [item for item in items(texts) if item.index not in {a.index for a in answers}]
-        s = batched(server, price=PRICE, max_cost=1, chunk=4, spent=s.spent)
-        assert len(list(s.answers(left))) == len(left) and s.stopped is None and asked(server) == [1] * 20
-
-
-def test_batch_spending_cap_knows_of_batches_made_before(batched):
-    texts = captions(12)
-    with OpenAIServer(polls=10**6) as server:
-        s = batched(server, price=PRICE, max_cost=0.05, poll_seconds=0)
-        run = s.answers(items(texts))
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(api.time, "sleep", lambda seconds: kill_now())
-            next(run)
-        (batch,) = server.batches.values()
-        before = submitted(server)
-        assert 4 <= len(before) < 12  # no more would fit until it is known what these cost
-        batch["polls"] = server.polls = 2
-        assert len(list(batched(server, price=PRICE, max_cost=0.05, poll_seconds=0.01).answers(items(texts)))) == 12
-        assert submitted(server) == [1] * 12 and len(server.batches) > 1
-        # Of what a batch has cost and what was set aside for it, only the first counts once it is done.
-        texts = [*texts, "one more brown dog"]
-        s = batched(server, price=PRICE, max_cost=12 * REQUEST + 0.008)
-        assert len(list(s.answers(items(texts)))) == 13 and s.stopped is None
-
-
-def kill_now():
-    raise Killed
-
-
-def test_batch_errors_say_what_to_do(batched, tmp_path, monkeypatch):
-    texts = captions(2)
-    with OpenAIServer() as server:
-        list(batched(server).answers(items(texts)))
-        for more in ({"model": "other"}, {"prompt": Prompt("other")}, {"seed": 2}):
-            got, error = drain(batched(server, **more).answers(items(texts)))
-            assert not got and "belongs to a run with another endpoint, model, prompt" in str(error)
-        server.batches.clear()
-        got, error = drain(batched(server).answers(items(texts)))
-        assert not got and "has no batch batch_0 of" in str(error) and "delete the file" in str(error)
-        (tmp_path / "state.json").write_text("{")
-        got, error = drain(batched(server).answers(items(texts)))
-        assert not got and "is no state of a batch run" in str(error)
-        with pytest.raises(HaclError, match="chunk is 0"):
-            batched(server, chunk=0)
-    start = time.monotonic()
-    (tmp_path / "state.json").unlink()
-    got, error = drain(batched(server).answers(items(texts)))  # the server is gone
-    assert not got and "run again to go on" in str(error) and time.monotonic() - start < 10
-
-
-def test_files_that_are_gone_are_asked_again(batched):
-    with OpenAIServer({captions(2)[0]: ["same"]}) as server:
-        run = batched(server).answers(items(captions(2)))
-        next(run)
-        run.close()
-        server.files.clear()
-        (answer,) = batched(server).answers(items(captions(2))[:1])
-        assert answer.captions

@@ -244,7 +244,7 @@ def test_an_input_that_changes_under_the_run_is_noticed(tmp_path, small, capsys,
 
 
 def test_no_file_of_the_users_is_taken_for_the_runs_own(tmp_path, small, capsys):
-    for ending in (".journal", ".part", ".batches"):
+    for ending in (".journal", ".part"):
         source = tmp_path / f"x.json{ending}"
         source.write_bytes(small.read_bytes())
         for more in ([], ["--restart"]):
@@ -370,6 +370,8 @@ def refused_journal(folder, small, refused):
         (["--source", "api"], "--source api needs --model"),
         (["--source", "local=0.5"], "vLLM, SGLang or Ollama: --source api --model NAME --base-url"),
         (["--model", "m"], "--model is for --source api"),
+        (["--read-results", "x"], "--read-results is for --source api"),
+        (["--source", "api", "--model", "m", "--read-results", "x", "--write-requests", "y"], "one of them at a time"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_read(tmp_path, capsys, args, message):
@@ -692,7 +694,7 @@ def test_failures_are_asked_again_by_the_same_command(tmp_path, endpoint, capsys
     source, out = write(tmp_path / "in.json", [record(i, t) for i, t in enumerate(texts)]), tmp_path / "out.json"
     with server_class({texts[2]: ["500"] * 2}) as server:
         assert hallucinate(source, out, *api(server, "--retries", "1")) == 1
-        assert "1 failed at the endpoint" in capsys.readouterr().err
+        assert "1 failed; the same command asks" in capsys.readouterr().err
         assert sum("hallucinated_captions" in r for r in load(out)) == 5
         assert hallucinate(source, out, *api(server, "--retries", "1")) == 0
         assert len(server.calls(texts[0])) == 1 and len(server.calls(texts[2])) == 3
@@ -736,14 +738,112 @@ def test_prompt_and_examples_reach_the_model(tmp_path, endpoint):
         assert len(server.log) == 1
 
 
-def test_the_batch_api_through_the_command(tmp_path, endpoint):
+# --- requests and results as files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, endpoint, monkeypatch):
+    """(source, texts, arguments without an endpoint, write(out) -> requests, read(out, lines, name) -> status)."""
+    texts = [f"a brown dog with number {i} runs over wet grass" for i in range(40)]
+    source = write(tmp_path / "in.json", [record(i, t) for i, t in enumerate(texts)])
+    args = ["--source", "api", "--model", "m", "--temperature", "0", "--per-caption", "2"]
+    monkeypatch.delenv("OPENAI_API_KEY")  # neither is needed for files
+
+    def requests(out, name="requests.jsonl", *more):
+        assert hallucinate(source, out, *args, "--write-requests", tmp_path / name, *more) == 0
+        return (tmp_path / name).read_text(encoding="utf-8")
+
+    def read(out, lines, name="results.jsonl", *more):
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+        return hallucinate(source, out, *args, "--read-results", tmp_path / name, *more)
+
+    return source, texts, args, requests, read
+
+
+def test_results_in_any_order_and_the_rest_online_give_what_online_alone_gives(tmp_path, endpoint, files, monkeypatch):
     server_class, api = endpoint
-    texts = [f"a brown dog with number {i} runs over wet grass" for i in range(8)]
-    source, out = write(tmp_path / "in.json", [record(i, t) for i, t in enumerate(texts)]), tmp_path / "out.json"
+    source, texts, args, requests, read = files
+    plan = {texts[3]: "refusal", texts[4]: ["few"], texts[5]: ["cut"], texts[6]: "same", texts[7]: ["429:0.1"]}
+    plan |= {texts[8]: "policy", texts[9]: ["schema"], texts[10]: ["null"]}
+    out, alone = tmp_path / "out.json", tmp_path / "alone.json"
+    with server_class(plan) as server:
+        asked = requests(out)
+        assert len(asked.splitlines()) == 40 and not server.log and not out.exists()
+        lines = server.results(asked)
+        random.Random(0).shuffle(lines)
+        lines = [*lines[:30], *lines[:9], "{broken\n", "\n"]  # some missing, some twice, one damaged
+        assert read(out, lines) == 1
+        first = (tmp_path / "out.json.journal").read_bytes()
+        done = {e["record"] for e in journal(out) if not e.get("failed")}
+        assert 20 < len(done) < 31 and sum("hallucinated_captions" in r for r in load(out)) > 15
+        assert read(out, lines[::-1]) == 1 and (tmp_path / "out.json.journal").read_bytes() == first  # nothing twice
+        monkeypatch.setenv("OPENAI_API_KEY", server.key)
+        count = len(server.log)
+        assert hallucinate(source, out, *args, *api(server)[4:]) == 0
+        assert not done & {
+            texts.index(e["caption"]) for e in server.log[count:]
+        }  # what was answered is not asked again
+    with server_class(plan) as server:
+        assert hallucinate(source, alone, *args, *api(server)[4:]) == 0
+    assert out.read_bytes() == alone.read_bytes()
+
+
+def test_what_does_not_do_is_asked_again_up_to_the_attempts(tmp_path, endpoint, files, capsys):
+    server_class, _ = endpoint
+    source, texts, args, requests, read = files
+    out = tmp_path / "out.json"
+    with server_class({texts[0]: "same", texts[1]: ["few"]}) as server:
+        for attempt, left in enumerate((40, 2, 1)):
+            asked = requests(out, f"requests{attempt}.jsonl")
+            ids = [json.loads(line)["custom_id"].split("-") for line in asked.splitlines()]
+            assert len(ids) == left and {tried for _, _, tried in ids} == {str(attempt)}
+            seeds = {json.loads(line)["body"]["seed"] for line in asked.splitlines()}
+            status = read(out, server.results(asked), f"results{attempt}.jsonl")
+        assert status == 0 and len(seeds) == 1  # after the third, as online: record 0 stays without
+    last = {e["record"]: e for e in journal(out)}
+    assert last[0]["captions"] == [] and "failed" not in last[0] and last[1]["captions"]
+    assert sum(e["usage"]["input"] for e in journal(out)) == 300 * (40 + 2 + 1)
+    assert "1 of" not in capsys.readouterr().err
+
+
+def test_wrong_results_end_with_one_line_and_nothing_is_kept(tmp_path, endpoint, files, capsys):
+    server_class, _ = endpoint
+    source, texts, args, requests, read = files
+    out = tmp_path / "out.json"
     with server_class() as server:
-        assert hallucinate(source, out, *api(server, "--batch", "--batch-poll", "0.1")) == 0
-        assert len(server.batches) == 1
-    assert all(r["hallucinated_captions"] for r in load(out))
+        asked = requests(out)
+        before = (tmp_path / "out.json.journal").read_bytes()
+        good = server.results(asked)
+        server.models = ()  # as an unknown model, a wrong key or a proxy's page would have it
+        wrong = server.results(asked)
+    other = [line.replace('"custom_id": "', '"custom_id": "x') for line in good]
+    for lines, message in (
+        (wrong, "no result is an answer: 40 times 404: The model m does not exist"),
+        (other, "is of another input or other settings"),
+    ):
+        capsys.readouterr()
+        assert read(out, lines) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert message in line and (tmp_path / "out.json.journal").read_bytes() == before
+    assert hallucinate(source, out, *args, "--read-results", tmp_path / "nowhere.jsonl") == 2
+    assert "nowhere.jsonl: cannot be read" in capsys.readouterr().err
+    assert hallucinate(source, out, *args, "--write-requests", tmp_path / "requests.jsonl") == 2
+    assert "requests.jsonl: exists" in capsys.readouterr().err
+    assert (tmp_path / "requests.jsonl").read_text() == asked
+    assert read(out, good) == 0  # control
+
+
+def test_requests_of_many_captions_go_into_several_files(tmp_path, files, monkeypatch, capsys):
+    source, texts, args, requests, read = files
+    monkeypatch.setattr("hacl_llava.hallucinate.batch.MOST_REQUESTS", 16)
+    first = requests(tmp_path / "out.json")
+    parts = [first, *((tmp_path / f"requests-{n}.jsonl").read_text() for n in (2, 3))]
+    assert [len(p.splitlines()) for p in parts] == [16, 16, 8]
+    assert "40 requests: " in capsys.readouterr().out
+    more = ("--price", "1", "1", "--max-cost", "0.01", "--restart")
+    requests(tmp_path / "out.json", "few.jsonl", *more)
+    assert "stopped by the spending cap" in capsys.readouterr().err
+    assert 0 < len((tmp_path / "few.jsonl").read_text().splitlines()) < 16
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

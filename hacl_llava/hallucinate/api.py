@@ -1,17 +1,14 @@
-"""Hallucinated captions from an OpenAI-compatible endpoint: request by request, or through the Batch API. Floor 2."""
+"""Hallucinated captions from an OpenAI-compatible endpoint, request by request. Floor 2."""
 
 import asyncio
 import email.utils
-import hashlib
 import json
 import os
 import random
 import re
 import sys
 import time
-import uuid
-from collections import Counter, deque
-from pathlib import Path
+from collections import Counter
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -30,8 +27,6 @@ FORMAT = re.compile(r"response.?format|json.?(schema|object)|structured.?output"
 BACKOFF = 1.0  # seconds before the first retry; each next waits twice as long, so that six outlast a limit per minute
 LONGEST_WAIT = 600  # seconds; an endpoint that asks for a longer pause ends the run
 FAILED_IN_A_ROW = 25
-LARGEST_FILE = 190_000_000  # bytes; OpenAI takes batch files up to 200 MB
-FINAL = {"completed", "failed", "expired", "cancelled"}
 
 
 def _openai():
@@ -160,40 +155,34 @@ class Connection:
         return trouble
 
 
-class _Endpoint(Connection):
-    """What both sources share: settings, request bodies, the reading of responses and errors, and the bill."""
+class Asking:
+    """What is asked, and what is made of an answer, whether it travels by HTTP or in a file: settings, request bodies,
+    the reading of completions, the bill. The settings are those of `ApiSource`."""
 
     whole_blocks, _sample = False, ""
 
     def __init__(
-        self, *, model, checker, prompt=None, base_url=None, key_env="OPENAI_API_KEY", temperature=1.0,
-        max_output_tokens=None, timeout=60, retries=6, attempts=3, response_format="schema", price=None,
-        max_cost=None, spent=None, seed=None,
+        self, *, model, checker, prompt=None, temperature=1.0, max_output_tokens=None, attempts=3,
+        response_format="schema", limit="max_tokens", price=None, max_cost=None, spent=None, seed=None,
     ):  # fmt: skip
-        self.checker, self.prompt = checker, prompt or Prompt()
+        self.model, self.checker, self.prompt = model, checker, prompt or Prompt()
         self.temperature, self.max_output_tokens, self.seed = temperature, max_output_tokens, seed
-        self.retries, self.attempts = retries, attempts
-        self.price, self.max_cost = price, max_cost
+        self.attempts, self.price, self.max_cost = attempts, price, max_cost
         self.spent = Counter(spent or {})
         self.stopped = None
         if response_format not in FORMATS:
             raise HaclError(f"response_format is {response_format!r}, allowed is one of {', '.join(FORMATS)}.")
-        if attempts < 1 or retries < 0 or timeout <= 0:
-            raise HaclError(
-                f"attempts is {attempts}, retries {retries}, timeout {timeout}; allowed is attempts >= 1, retries >= 0 "
-                "and a timeout above 0 seconds."
-            )
+        if attempts < 1:
+            raise HaclError(f"attempts is {attempts}; allowed is 1 and more.")
         if max_cost is not None and not price:
             raise HaclError(
                 f"max_cost is {max_cost}, but without a price nothing can be counted against it; give price too, the "
                 "dollars per million tokens of input and of output."
             )
-        self._form = (response_format, "max_tokens")
+        self._form = (response_format, limit)
         self._flying = Counter()  # tokens set aside for requests under way
-        self._alive = False  # whether a completion has come back
-        super().__init__(model, base_url, key_env, timeout)
 
-    def _body(self, work):
+    def body(self, work):
         """The request's body: messages, settings, form of the answer."""
         response_format, limit = FORMATS[self._form[0]], self._form[1]
         item = work.item._replace(wanted=work.missing())
@@ -214,9 +203,9 @@ class _Endpoint(Connection):
 
     # ---- the bill
 
-    def _reserve(self, work):
+    def reserve(self, work):
         """Sets tokens aside for the next request of ``work``; False if it might pass the cap."""
-        text = json.dumps(self._body(work), ensure_ascii=False)
+        text = json.dumps(self.body(work), ensure_ascii=False)
         need = Counter(input=_tokens(text), output=self._limit(work))
         total = self.spent + self._flying + need
         if self.max_cost is not None and dollars(total, self.price) > self.max_cost:
@@ -225,11 +214,11 @@ class _Endpoint(Connection):
         self._flying += need
         return True
 
-    def _release(self, work):
+    def release(self, work):
         self._flying -= work.reserved
         work.reserved = Counter()
 
-    def _sentence(self):
+    def sentence(self):
         """The sentence for ``stopped``."""
         return (
             f"stopped by the spending cap: ${dollars(self.spent, self.price):.4f} of ${self.max_cost} is spent "
@@ -239,9 +228,8 @@ class _Endpoint(Connection):
 
     # ---- responses
 
-    def _take(self, work, response):
+    def take(self, work, response):
         """Takes what a chat completion (its JSON) holds for ``work``; True if there is nothing left to ask."""
-        self._alive = True
         choice = response["choices"][0] if response["choices"] else None
         choice = choice if isinstance(choice, dict) else {}
         message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
@@ -269,27 +257,6 @@ class _Endpoint(Connection):
             work.cut += 1
         return not work.missing() or work.attempt >= self.attempts
 
-    # ---- errors
-
-    def _adapt(self, form, text):
-        """Whether a request that was refused with ``text`` is worth sending in another form than ``form``.
-
-        Finds that form for all requests to come, and prints a line about it.
-        """
-        if form != self._form:  # another request has found it meanwhile
-            return True
-        response_format, limit = form
-        if response_format != "text" and FORMAT.search(text):
-            self._form = ("json" if response_format == "schema" else "text", limit)
-            changed = f"response_format {response_format!r}", repr(self._form[0])
-        elif limit == "max_tokens" and "max_completion_tokens" in text:
-            self._form = (response_format, "max_completion_tokens")
-            changed = limit, self._form[1]
-        else:
-            return False
-        print(f"{self.url} does not take {changed[0]}; going on with {changed[1]}.", file=sys.stderr)
-        return True
-
 
 def _retry_after(headers):
     """Seconds that the endpoint asks to wait for, 0 if it does not say."""
@@ -304,11 +271,11 @@ def _retry_after(headers):
         return 0.0
 
 
-def _is_completion(response):
+def is_completion(response):
     return isinstance(response, dict) and isinstance(response.get("choices"), list)
 
 
-class ApiSource(_Endpoint):
+class ApiSource(Asking, Connection):
     """Asks ``model`` at an OpenAI-compatible endpoint, some requests at a time.
 
     ``checker``: a `Checker`. ``prompt``: a `Prompt` (the paper's if None). ``base_url``: OpenAI's if None. ``key_env``:
@@ -325,13 +292,22 @@ class ApiSource(_Endpoint):
         ImportError: the package openai is not installed.
     """
 
-    def __init__(self, *, concurrency=16, requests_per_minute=None, **settings):
-        super().__init__(**settings)
+    def __init__(
+        self, *, model, base_url=None, key_env="OPENAI_API_KEY", timeout=60, retries=6, concurrency=16,
+        requests_per_minute=None, **settings,
+    ):  # fmt: skip
+        Asking.__init__(self, model=model, **settings)
+        if retries < 0 or timeout <= 0:
+            raise HaclError(
+                f"retries is {retries}, timeout {timeout}; allowed is retries >= 0 and a timeout above 0 seconds."
+            )
         if concurrency < 1 or (requests_per_minute is not None and requests_per_minute <= 0):
             raise HaclError(
                 f"concurrency is {concurrency}, requests_per_minute {requests_per_minute}; allowed is a concurrency "
                 ">= 1 and more than 0 requests per minute (or None)."
             )
+        Connection.__init__(self, model, base_url, key_env, timeout)
+        self.retries, self._alive = retries, False  # whether a completion has come back
         self.concurrency, self._interval = concurrency, 60 / (requests_per_minute or float("inf"))
         self._turn = 0.0  # loop time at which the next request may start
         self._fatal, self._unread = None, 0
@@ -353,7 +329,7 @@ class ApiSource(_Endpoint):
         try:
             while True:
                 while len(tasks) < self.concurrency and not self._fatal and (work := work or self._next(items)):
-                    if not self._reserve(work):
+                    if not self.reserve(work):
                         # What is in flight may turn out cheaper than what is set aside for it.
                         self._capped = self._capped or not tasks
                         break
@@ -377,7 +353,7 @@ class ApiSource(_Endpoint):
                     if answer:
                         yield answer
                 self._judge(last, tasks)
-            self.stopped = self._sentence() if self._capped else None
+            self.stopped = self.sentence() if self._capped else None
         finally:
             self._tidy(loop, client, tasks)
         if self._fatal:
@@ -423,6 +399,25 @@ class ApiSource(_Endpoint):
                 )
             )
 
+    def _adapt(self, form, text):
+        """Whether a request that was refused with ``text`` is worth sending in another form than ``form``.
+
+        Finds that form for all requests to come, and prints a line about it.
+        """
+        if form != self._form:  # another request has found it meanwhile
+            return True
+        response_format, limit = form
+        if response_format != "text" and FORMAT.search(text):
+            self._form = ("json" if response_format == "schema" else "text", limit)
+            changed = f"response_format {response_format!r}", repr(self._form[0])
+        elif limit == "max_tokens" and "max_completion_tokens" in text:
+            self._form = (response_format, "max_completion_tokens")
+            changed = limit, self._form[1]
+        else:
+            return False
+        print(f"{self.url} does not take {changed[0]}; going on with {changed[1]}.", file=sys.stderr)
+        return True
+
     @staticmethod
     def _tidy(loop, client, tasks):
         """Cancels what is in flight and closes connections and loop, without a word from asyncio."""
@@ -457,15 +452,15 @@ class ApiSource(_Endpoint):
                     if self._fatal and not work.usage:
                         return None, None
                     return work.answer(f"endpoint: {trouble.reason}", failed=True), None if self._fatal else trouble
-                if self._take(work, response):
+                if self.take(work, response):
                     break
-                self._release(work)
-                if not self._reserve(work):
+                self.release(work)
+                if not self.reserve(work):
                     self._capped = True
                     return work.answer("the spending cap is reached", failed=True), None
             return work.answer(), None
         finally:
-            self._release(work)
+            self.release(work)
 
     async def _request(self, client, work):
         """(JSON of a completion, None), or (None, trouble) after all retries."""
@@ -480,13 +475,14 @@ class ApiSource(_Endpoint):
             trouble = _Trouble("the response is not JSON", retry=True)
             try:
                 create = client.chat.completions.with_raw_response.create
-                raw = await asyncio.wait_for(create(**self._body(work)), self.timeout)
+                raw = await asyncio.wait_for(create(**self.body(work)), self.timeout)
             except (_openai().OpenAIError, asyncio.TimeoutError) as error:
                 trouble = self._trouble(error)
             else:
                 try:
                     response = json.loads(raw.http_response.content)
-                    if _is_completion(response):
+                    if is_completion(response):
+                        self._alive = True
                         return response, None
                     trouble = _Trouble(f"the response is no completion ({self._clean(response)})", retry=True)
                 except (ValueError, RecursionError):
@@ -509,249 +505,3 @@ class ApiSource(_Endpoint):
             await asyncio.wait_for(self._halt.wait(), seconds)
         except asyncio.TimeoutError:
             pass
-
-
-class BatchSource(_Endpoint):
-    """The same through OpenAI's Batch API: answers within 24 hours, at half the price.
-
-    Settings as for `ApiSource` (``price``: that of batches), and ``state_path``: a JSON file that says which batches
-    were made. Killed at any time and started again with the same file and the same items (less those answered), it
-    goes on where it was. ``poll_seconds``: between looks at the batches. ``chunk``: requests in a batch (OpenAI allows
-    50000).
-
-    Raises:
-        HaclError: as `ApiSource`, or the state file belongs to a run with other settings.
-    """
-
-    def __init__(self, *, state_path, poll_seconds=60, chunk=20000, **settings):
-        super().__init__(**settings)
-        if not 1 <= chunk <= 50000 or poll_seconds < 0:
-            raise HaclError(
-                f"chunk is {chunk}, poll_seconds {poll_seconds}; allowed is a chunk from 1 to 50000 requests and "
-                "poll_seconds >= 0."
-            )
-        self.state_path, self.poll_seconds, self.chunk = Path(state_path), poll_seconds, chunk
-        made_by = [self.url, self.model, self.prompt.digest(), self.temperature, self.max_output_tokens, self.seed]
-        self._digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
-
-    def answers(self, items):
-        """Yields an `Answer` for each of ``items`` as batches end; blocks until all have."""
-        works = {item.index: Work(item) for item in items}
-        self.stopped, self._flying = None, Counter()
-        # Retries beyond a few are left to _call, which waits longer.
-        client = self._client("OpenAI", max_retries=2, timeout=self.timeout)
-        try:
-            yield from self._answers(client, works)
-        finally:
-            client.close()
-
-    def _answers(self, client, works):
-        for index in [index for index, work in works.items() if not work.missing()]:
-            yield works.pop(index).answer()
-        state = self._load()
-        if any(chunk["batch"] is None for chunk in state["chunks"]):
-            self._adopt(client, state)
-        active = [chunk for chunk in state["chunks"] if any(i in works for i, _ in _members(state, chunk))]
-        for chunk in active:
-            self._flying.update({} if chunk["done"] else chunk["reserved"])
-        hold = False  # whether the account's limit of enqueued tokens is reached
-        while True:
-            freed = full = False
-            for chunk in list(active):
-                missing = f"batch {chunk['batch']} of {self.state_path}; use the key that made it, or delete the file"
-                batch = self._call(client.batches.retrieve, chunk["batch"], missing=missing)
-                if batch.status not in FINAL:
-                    continue
-                errors = (batch.errors and batch.errors.data) or []
-                reason = f"the batch has {batch.status}" + "".join(f" ({self._clean(e.message)})" for e in errors[:1])
-                limited = any(e.code == "token_limit_exceeded" for e in errors)
-                if not limited:
-                    yield from self._collect(client, state, chunk, batch, works, reason)
-                active.remove(chunk)
-                freed, full = freed or not limited, full or (limited and not chunk["done"])
-                if not chunk["done"]:
-                    self._flying -= Counter(chunk["reserved"])
-                    chunk["done"] = True
-                self._save(state)
-            hold = (hold or full) and not freed
-            if hold and not active:
-                raise HaclError(f"{self.url} takes no batch of {self.chunk} requests: {reason}; lower chunk.")
-            asked = {index for chunk in active for index, _ in _members(state, chunk)}
-            queue = deque(index for index in works if index not in asked)
-            while queue and not hold and (chunk := self._submit(client, state, works, queue)):
-                active.append(chunk)
-            if not active:
-                break
-            time.sleep(self.poll_seconds)
-        for work in works.values():  # what the spending cap left unasked
-            if work.usage:
-                yield work.answer("the spending cap is reached", failed=True)
-        self.stopped = self._sentence() if works else None
-
-    def _submit(self, client, state, works, queue):
-        """Makes a batch of the first in ``queue``; returns its chunk, or None if the spending cap forbids."""
-        lines, ids, size, reserved = [], [], 0, Counter()
-        while queue and len(ids) < self.chunk and size < LARGEST_FILE and self._reserve(works[queue[0]]):
-            work = works[queue.popleft()]
-            ids.append(f"{work.item.index}-{work.attempt + work.failures}")
-            request = {"custom_id": ids[-1], "method": "POST", "url": "/v1/chat/completions", "body": self._body(work)}
-            lines.append(json.dumps(request, ensure_ascii=False).encode() + b"\n")
-            size += len(lines[-1])
-            reserved += work.reserved
-        if not ids:
-            return None
-        n, state["next"] = state["next"], state["next"] + 1
-        chunk = {"n": n, "batch": None, "done": False, "form": self._form, "reserved": dict(reserved), "ids": ids}
-        state["chunks"].append(chunk)
-        # Written before the batch is made, so that it is known afterwards whose it is.
-        self._save(state)
-        name = f"hacl-{state['run']}-{n}.jsonl"
-        file = (name, b"".join(lines))
-        file = self._call(client.files.create, file=file, purpose="batch", timeout=max(600, self.timeout))
-        chunk["batch"] = self._create(client, state, n, file.id)
-        self._save(state)
-        return chunk
-
-    def _create(self, client, state, n, file_id):
-        """Id of the batch made of an uploaded file. A call that got no answer is looked up, not just repeated."""
-        create = client.with_options(max_retries=0).batches.create
-        for left in reversed(range(self.retries + 1)):
-            try:
-                return create(
-                    input_file_id=file_id,
-                    endpoint="/v1/chat/completions",
-                    completion_window="24h",
-                    metadata={"hacl_run": state["run"], "chunk": str(n)},
-                ).id
-            except _openai().OpenAIError as error:
-                trouble = self._trouble(error)
-            if not trouble.retry or not left:
-                raise HaclError(trouble.fatal or f"{self.url} makes no batch ({trouble.reason}); run again to go on.")
-            time.sleep(max(trouble.wait, self.poll_seconds))
-            if found := self._find(client, state).get(str(n)):
-                return found
-
-    def _find(self, client, state):
-        """Ids of this run's batches by chunk number (a string), as the endpoint lists them."""
-
-        def find():
-            found = {}
-            for batch in client.batches.list(limit=100):  # the newest first
-                if batch.created_at < state["created"] - 86400:
-                    break
-                if (batch.metadata or {}).get("hacl_run") == state["run"]:
-                    found[batch.metadata["chunk"]] = batch.id
-            return found
-
-        return self._call(find)
-
-    def _adopt(self, client, state):
-        """Looks for the batches of chunks at which the run was killed; a chunk that has none is asked anew."""
-        found = self._find(client, state)
-        for chunk in state["chunks"]:
-            chunk["batch"] = chunk["batch"] or found.get(str(chunk["n"]))
-        state["chunks"] = [chunk for chunk in state["chunks"] if chunk["batch"]]
-        self._save(state)
-
-    def _collect(self, client, state, chunk, batch, works, reason):
-        """Yields the answers that a batch completes, and takes them out of ``works``."""
-        replies = {}
-        for file in (batch.error_file_id, batch.output_file_id):
-            try:
-                missing = f"file {file} of batch {batch.id}"
-                content = self._call(client.files.content, file, missing=missing).content if file else b""
-            except _Absent:  # deleted: as if unanswered
-                continue
-            for line in content.split(b"\n"):
-                try:
-                    reply = json.loads(line)
-                    replies[reply["custom_id"]] = reply
-                except (ValueError, KeyError, TypeError):  # a broken line: as if unanswered
-                    continue
-        for index, custom_id in _members(state, chunk):
-            if index not in works:
-                continue
-            work, reply = works[index], replies.get(custom_id) or {}
-            response = reply.get("response") or {}
-            body, status = response.get("body"), response.get("status_code")
-            if status == 200 and _is_completion(body):
-                if not self._take(work, body):
-                    continue
-                answer = work.answer()
-            else:
-                said = reply.get("error") or (isinstance(body, dict) and body.get("error")) or body
-                text = self._clean(json.dumps(said), 5000) if said else ""
-                message = said.get("message") if isinstance(said, dict) else None
-                if status in (400, 422) and self._adapt(tuple(chunk["form"]), text):
-                    continue
-                work.failures += 1
-                if POLICY.search(text) and status in (400, 403, 422):
-                    answer = work.answer(REFUSED)
-                elif work.failures < 2:
-                    continue
-                else:
-                    why = f"{status or 'batch'}: {self._clean(message or text)}" if text else reason
-                    answer = work.answer(f"endpoint: {why}", failed=True)
-            if answer.failed:  # the next run asks it as if for the first time
-                state["forgotten"][str(index)] = state["next"]
-            del works[index]
-            yield answer
-
-    def _call(self, function, *args, missing=None, **kwargs):
-        """What a call of the client gives; waits for an endpoint that is away for a while.
-
-        ``missing``: what a 404 means. Raises HaclError (`_Absent` for a 404); running again goes on.
-        """
-        openai = _openai()
-        for left in reversed(range(self.retries + 1)):
-            try:
-                result = function(*args, **kwargs)
-                self._alive = True
-                return result
-            except openai.OpenAIError as error:
-                trouble, absent = self._trouble(error), isinstance(error, openai.NotFoundError)
-            if absent and missing:
-                raise _Absent(f"{self.url} has no {missing} ({trouble.reason}).")
-            if trouble.fatal or not trouble.retry or not left or not self._alive:
-                raise HaclError(trouble.fatal or f"{self.url}: {trouble.reason}; run again to go on where this ended.")
-            time.sleep(max(trouble.wait, self.poll_seconds))
-
-    def _load(self):
-        """The state of the run, new if there is no file yet."""
-        if not self.state_path.exists():
-            state = {"run": uuid.uuid4().hex, "created": int(time.time()), "settings": self._digest}
-            state |= {"next": 0, "chunks": [], "forgotten": {}}
-            self._save(state)
-            return state
-        try:
-            state = json.loads(self.state_path.read_text(encoding="utf-8"))
-            settings = state["settings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise HaclError(f"{self.state_path} is no state of a batch run ({error}); give another path.") from None
-        if settings != self._digest:
-            raise HaclError(
-                f"{self.state_path} belongs to a run with another endpoint, model, prompt, temperature, "
-                "max_output_tokens or seed; set them as they were, or give another path for a new run."
-            )
-        return state
-
-    def _save(self, state):
-        """Writes the state so that a kill leaves the old file or the new one."""
-        new = self.state_path.with_name(self.state_path.name + ".tmp")
-        with open(new, "w", encoding="utf-8") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.state_path)
-
-
-class _Absent(HaclError):
-    """The endpoint does not know what is asked for."""
-
-
-def _members(state, chunk):
-    """(index, custom id) of each request of a chunk whose outcome still counts."""
-    for custom_id in chunk["ids"]:
-        index = custom_id.partition("-")[0]
-        if state["forgotten"].get(index, 0) <= chunk["n"]:
-            yield int(index), custom_id

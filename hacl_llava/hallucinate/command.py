@@ -120,8 +120,12 @@ def add_arguments(parser):
     add("--requests-per-minute", type=_amount, metavar="N", help="at most (default: no limit but the endpoint's)")
     add("--price", type=_amount, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens, for the cost shown")
     add("--max-cost", type=_amount, metavar="DOLLARS", help="stop before more is spent, over all starts of this run")
-    add("--batch", action="store_true", help="OpenAI's Batch API: within a day, at half the price")
-    add("--batch-poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at it (default: 60)")
+    add(
+        "--write-requests",
+        metavar="FILE",
+        help="write what is to be asked, as OpenAI's batches and vLLM's take it; stop",
+    )
+    add("--read-results", metavar="FILE", nargs="+", help="read what came of it, in any order, also a part of it")
 
 
 def _settings(args, sources, types, prompt):
@@ -141,7 +145,7 @@ def _settings(args, sources, types, prompt):
 
         settings["vocabulary"] = digest()
     if "api" in sources:
-        settings |= {"model": args.model, "batch": args.batch}
+        settings["model"] = args.model
     if prompt is not None:
         settings |= {"prompt": prompt.digest(), "temperature": args.temperature, "attempts": args.attempts}
     return settings
@@ -152,6 +156,12 @@ def _check(args, sources):
         raise HaclError("--source api needs --model.")
     if "api" not in sources and args.model:
         raise HaclError("--model is for --source api, which was not given.")
+    files = {"--write-requests": args.write_requests, "--read-results": args.read_results}
+    given = [flag for flag, value in files.items() if value]
+    if given and "api" not in sources:
+        raise HaclError(f"{given[0]} is for --source api, which was not given.")
+    if len(given) > 1:
+        raise HaclError("--write-requests and --read-results: give one of them at a time.")
     low, high = args.length_ratio
     if not low <= 1 <= high:
         raise HaclError(f"--length-ratio {low} {high}: allowed is MIN <= 1 <= MAX.")
@@ -161,41 +171,62 @@ def _check(args, sources):
         raise HaclError("--types: every weight is 0; give one kind at least a weight above 0.")
 
 
-def _sources(args, sources, types, checker, prompt, journal):
+def _asking(args, checker, prompt, journal):
+    """Settings of what is asked, whether by HTTP or in files."""
+    return {
+        "model": args.model,
+        "checker": checker,
+        "prompt": prompt,
+        "temperature": args.temperature,
+        "max_output_tokens": args.max_output_tokens,
+        "attempts": args.attempts,
+        "response_format": args.response_format,
+        "price": tuple(args.price) if args.price else None,
+        "max_cost": args.max_cost,
+        "spent": dict(journal.usage.get("api", {})) if journal else {},
+        "seed": args.seed,
+    }
+
+
+def _sources(args, sources, types, checker, prompt, run=None):
+    """{name: (share, source)}; without a run, to have wrong settings refused."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    made = {}
+    journal, made = run and run.journal, {}
     for name, share in sources.items():
         if name == "rules":
             from .rules import RulesSource
 
             made[name] = share, RulesSource(types, args.seed, checker, args.workers or cores)
-        else:
-            from .api import ApiSource, BatchSource
+            continue
+        asking = _asking(args, checker, prompt, journal)
+        if args.write_requests or args.read_results:
+            from .api import Asking
+            from .batch import ResultFiles, run_id
 
-            common = {
-                "model": args.model,
-                "checker": checker,
-                "prompt": prompt,
-                "base_url": args.base_url,
-                "key_env": args.api_key_env,
-                "temperature": args.temperature,
-                "max_output_tokens": args.max_output_tokens,
-                "timeout": args.timeout,
-                "retries": args.retries,
-                "attempts": args.attempts,
-                "response_format": args.response_format,
-                "price": tuple(args.price) if args.price else None,
-                "max_cost": args.max_cost,
-                "spent": dict(journal.usage.get("api", {})) if journal else {},
-                "seed": args.seed,
-            }
-            if args.batch:
-                state = args.output + ".batches"
-                made[name] = share, BatchSource(state_path=state, poll_seconds=args.batch_poll, **common)
-            else:
-                pace = {"concurrency": args.workers or 16, "requests_per_minute": args.requests_per_minute}
-                made[name] = share, ApiSource(**pace, **common)
+            told = {"paths": args.read_results, "run": run and run_id(run.header), "tries": run and journal.tries}
+            # max_completion_tokens is what OpenAI's models of today take, and vLLM
+            asking["limit"] = "max_completion_tokens"
+            made[name] = share, ResultFiles(**told, **asking) if args.read_results else Asking(**asking)
+        else:
+            from .api import ApiSource
+
+            more = {"base_url": args.base_url, "key_env": args.api_key_env, "timeout": args.timeout}
+            more |= {"retries": args.retries, "requests_per_minute": args.requests_per_minute}
+            made[name] = share, ApiSource(concurrency=args.workers or 16, **more, **asking)
     return made
+
+
+def _write_requests(args, run, sources):
+    from .batch import run_id, write_requests
+
+    items = run.items(run.split(sources)["api"])
+    asking = sources["api"][1]
+    files, count = write_requests(asking, items, args.write_requests, run_id(run.header), run.journal.tries)
+    print(f"{count} requests: {', '.join(files) or 'no file, nothing is left to ask'}.")
+    if asking.stopped:
+        print(f"  stopped early: {asking.stopped}", file=sys.stderr)
+    print("What comes of them, in any order and also a part of it: the same command with --read-results FILE instead.")
+    return 0
 
 
 def main(args):
@@ -220,7 +251,7 @@ def main(args):
 
     checker = Checker(tuple(args.length_ratio))
     if not args.dry_run:
-        _sources(args, sources, types, checker, prompt, None)  # refuse wrong settings before the input is read
+        _sources(args, sources, types, checker, prompt)  # refuse wrong settings before the input is read
     run = Run(
         args.input,
         args.output,
@@ -246,8 +277,11 @@ def main(args):
         from .api import dollars
 
         cost = functools.partial(dollars, price=args.price) if args.price else None
+        made = _sources(args, sources, types, checker, prompt, run)
+        if args.write_requests:
+            return _write_requests(args, run, made)
         try:
-            stopped = run.ask(_sources(args, sources, types, checker, prompt, journal), cost)
+            stopped = run.ask(made, cost)
         except KeyboardInterrupt:
             done = sum(d == 1 for d in journal.done)
             print(f"\nstopped; {done} answers are safe in {journal.path}. The same command goes on.", file=sys.stderr)
@@ -304,6 +338,6 @@ def _say(args, run, found, stopped):
     for sentence in stopped:
         print(f"  stopped early: {sentence}", file=sys.stderr)
     if found["failed"]:
-        print(f"  {found['failed']} failed at the endpoint; the same command asks for them again.", file=sys.stderr)
+        print(f"  {found['failed']} failed; the same command asks for them again.", file=sys.stderr)
     if found["to do"] and not args.limit:
         print(f"  {found['to do']} are not asked for yet; the same command goes on.", file=sys.stderr)

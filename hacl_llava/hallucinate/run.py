@@ -29,6 +29,7 @@ from . import Item
 from .rules import BLOCK
 
 EXIT_INCOMPLETE = 1  # some records are still to be asked for: the same command does it
+AGAIN = "results: "  # begins the reason of a record whose answer, read from a file, did not do
 _SHOWN = 10  # problems named in a message
 
 
@@ -131,6 +132,7 @@ class Journal:
         self.done = bytearray(records)  # 1: answered, 2: to be asked again
         self.places = array.array("q", [-1]) * records
         self.usage = {}  # {source: tokens it was paid for}
+        self.tries = Counter()  # {record: answers read from files that did not do}
         try:
             self._load(header, restart)
         except BaseException:
@@ -159,7 +161,7 @@ class Journal:
                 "output begins anew."
             )
         for key in {**header, **found}:
-            if found.get(key) != header.get(key) and key != "input_name":
+            if (found.get(key) or None) != (header.get(key) or None) and key != "input_name":
                 raise HaclError(
                     f"{self.path}: the run begun there had {_say(key, found.get(key))}, this one has "
                     f"{_say(key, header.get(key))}. Give the settings of then to go on, another output to begin anew, "
@@ -178,6 +180,7 @@ class Journal:
                 self.done[index] = 2 if entry.get("failed") else 1
                 self.places[index] = place
                 self._count(entry["source"], entry.get("usage", {}))
+                self.tries[index] += (entry.get("reason") or "").startswith(AGAIN)
             except (ValueError, KeyError, IndexError, TypeError):
                 damaged.append(place)
         if damaged:
@@ -213,6 +216,7 @@ class Journal:
         self.places[answer.index] = self._append(entry)
         self.done[answer.index] = 2 if answer.failed else 1
         self._count(source, answer.usage)
+        self.tries[answer.index] += (answer.reason or "").startswith(AGAIN)
 
     def entry(self, index):
         """What is known of a record, or None."""
@@ -290,7 +294,7 @@ class Run:
             raise HaclError(f"{folder}: is no folder; make it, or choose another output.")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise HaclError(f"{folder}: is not writable; choose another output.")
-        for ending in ("", ".journal", ".part", ".batches"):
+        for ending in ("", ".journal", ".part"):
             mine = self.target + ending
             if os.path.exists(self.source) and os.path.exists(mine) and os.path.samefile(self.source, mine):
                 raise HaclError(f"{mine}: is the input itself; choose another output.")
@@ -304,8 +308,6 @@ class Run:
     def open(self):
         """Take the journal, and with it the right to write."""
         self.journal = Journal(self.journal_path, self.header, self.survey.records, self.restart)
-        if self.restart and os.path.exists(self.target + ".batches"):
-            os.unlink(self.target + ".batches")
         return self.journal
 
     def wanted(self, index):
