@@ -252,7 +252,8 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--output", default=HERE / "results", type=Path, help="folder of communication.json and .md")
     args = parser.parse_args()
-    from hacl_llava.evaluation import provenance, write_json, write_text
+    from hacl_llava.common.files import write_json, write_text
+    from hacl_llava.evaluation import provenance
 
     made, results, wrong = provenance(), [], []
     with tempfile.TemporaryDirectory(prefix="hacl-") as folder:  # not "tmpt...": LLaVA looks for mpt in a path

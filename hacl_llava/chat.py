@@ -1,4 +1,4 @@
-"""``hacl-llava chat``: a first look at a LLaVA checkpoint, in the terminal. Floor 4."""
+"""``hacl-llava chat``: a first look at a LLaVA checkpoint, in the terminal."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Whether data can be trained on: ``hacl-llava check-data``, and the same before a run starts. Floor 3.
+"""Whether data can be trained on: ``hacl-llava check-data``, and the same before a run starts.
 
 A finding is an error where stock LLaVA would end the run, or spoil other records of the batch; it is a warning where
 the record is trained on, but most likely not as it was meant.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
+from .common.files import write_text
 from .config import HaclError, on_first_rank
 from .records import (
     HALLUCINATED_KEYS,
@@ -671,6 +672,4 @@ def _write(folder, report, page, records, found):
         "report.json": json.dumps(report, indent=2) + "\n",
     }
     for name, text in texts.items():
-        part = Path(folder) / f"{name}.part"
-        part.write_bytes(text.encode("utf-8", "backslashreplace"))
-        os.replace(part, Path(folder) / name)
+        write_text(Path(folder) / name, text)

@@ -1,4 +1,4 @@
-"""Checkpoints between LLaVA's format and Hugging Face's ``LlavaForConditionalGeneration``. Floor 1.
+"""Checkpoints between LLaVA's format and Hugging Face's ``LlavaForConditionalGeneration``.
 
 Weights are read and written tensor by tensor, under their own names: neither model is built, so a 13B checkpoint needs
 no more memory than one shard, and the weights do not depend on the installed transformers.
@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .common import files as common_files
 from .config import HaclError
 
 SHARD = 5 * 10**9  # bytes of weights in a file
@@ -164,20 +165,8 @@ def check_base(folder, config, base):
 
 
 def read_json(path):
-    """The object in a json file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is something else.
-    """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not json ({error}).") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object of names and values.")
-    return value
+    """The object in a json file; CheckpointError where there is none."""
+    return common_files.read_json(path, error=CheckpointError, expected=dict)
 
 
 class Folder:

@@ -1,4 +1,4 @@
-"""``hacl-llava``: the tools beside training. Floor 6; each command imports what it needs when it runs."""
+"""``hacl-llava``: the tools beside training. Each command imports what it needs when it runs."""
 
 import argparse
 import sys

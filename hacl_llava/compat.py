@@ -1,4 +1,4 @@
-"""The one file that knows versions of transformers, accelerate and torch. Floor 1.
+"""The one file that knows versions of transformers, accelerate and torch.
 
 Importing it makes stock `llava` work on transformers 4.37.2 to 5.x and imports it; so everything here that needs
 `llava` imports this first. Each shim says why it is there and when it can go. Nothing is changed where the installed

@@ -1,4 +1,4 @@
-"""Every HACL setting in one checked place. Floor 0: standard library only."""
+"""Every HACL setting in one checked place. Standard library only."""
 
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +12,10 @@ NONFINITE = Literal["stop", "skip"]
 
 class HaclError(ValueError):
     """A mistake in settings or input; the message says what was got, what is allowed, and what to do."""
+
+
+class DataError(HaclError):
+    """Input data that cannot be used; the message names the file and the record."""
 
 
 def on_first_rank():

@@ -1,4 +1,4 @@
-"""LLaVA's dataset and collator, plus the captions that HACL contrasts. Floor 2."""
+"""LLaVA's dataset and collator, plus the captions that HACL contrasts."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ import sys
 import torch
 
 from . import compat  # noqa: F401  (before llava)
+from .common.files import write_text
 from .config import RunSettings, on_first_rank
 from .layout import pack
 from .records import (
@@ -78,12 +79,7 @@ class BadRecords:
                 os.unlink(self.path)
             return
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        part = f"{self.path}.part"
-        with open(part, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.path)
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def add(self, entry):
         """Append one that failed while training runs, unless it is listed.

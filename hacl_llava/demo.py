@@ -1,4 +1,4 @@
-"""``hacl-llava demo``: stage 1 with HACL from nothing, the way a 7B run goes. Floor 5."""
+"""``hacl-llava demo``: stage 1 with HACL from nothing, the way a 7B run goes."""
 
 import ast
 import json

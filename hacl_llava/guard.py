@@ -1,4 +1,4 @@
-"""Batches whose loss or gradient is not finite stay away from the weights, and are named. Floor 2."""
+"""Batches whose loss or gradient is not finite stay away from the weights, and are named."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Model cards for checkpoint folders, and the way of such a folder to the Hugging Face hub. Floor 2.
+"""Model cards for checkpoint folders, and the way of such a folder to the Hugging Face hub.
 
 Nothing heavy is imported before it is needed: `checkpoint` brings torch with it.
 """
@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from . import __version__
+from .common.files import read_json, write_text
 from .config import HaclError
 
 CARD = "README.md"
@@ -161,12 +162,7 @@ def read_evaluation(path):
         except OverflowError:  # an integer of hundreds of digits
             return False
 
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HaclError(f"{path}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise HaclError(f"{path}: is not json ({error}).") from None
+    results = read_json(path)
     if not isinstance(results, list) or not results:
         raise HaclError(f"{path}: holds {str(results)[:60]}, expected a list of results like {_RESULT}.")
     seen = set()
@@ -366,12 +362,9 @@ def write_card(folder, evaluation=None, source=None, base=None):
     }
     comment = f"<!-- {_MARK}; remove this comment to keep changes of your own. -->"
     text = f"---\n{data.to_yaml()}\n---\n\n{comment}\n\n" + "\n\n".join(f"{k}\n\n{v}" for k, v in sections.items())
-    part = folder / f"{CARD}.part"
     try:
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, card)
+        write_text(card, text + "\n")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(f"{card}: cannot be written ({error.strerror}).") from None
     return card
 

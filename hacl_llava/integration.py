@@ -1,4 +1,4 @@
-"""HACL inside LLaVA's own train(): some of its names replaced. Floor 4.
+"""HACL inside LLaVA's own train(): some of its names replaced.
 
 This module is imported at the head of a patched llava/train/train.py, before LLaVA's trainer, so that `compat` has
 done its work by then; whatever itself imports llava.train.train waits for `install`.

@@ -1,4 +1,4 @@
-"""Where tokens stand: images spliced into rows, and texts packed into rows. Floor 0: torch alone.
+"""Where tokens stand: images spliced into rows, and texts packed into rows. Needs torch alone.
 
 All shapes follow from shapes that the host knows; nothing here waits for a device.
 """

@@ -1,4 +1,4 @@
-"""LLaVA checkpoints of every published layout, ready to answer. Floor 3."""
+"""LLaVA checkpoints of every published layout, ready to answer."""
 
 import tempfile
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The contrastive loss of HACL: equations for L_v and L_t of arXiv 2312.06968, exact across ranks.
 
-Floor 0: torch alone. Everything here runs in float32 (float64 if the features are), also under autocast.
+Needs torch alone. Everything here runs in float32 (float64 if the features are), also under autocast.
 
 Shapes: B batch on one rank, W ranks, N = W * B, K hallucinated captions per image, P feature size, Q queue size.
 """

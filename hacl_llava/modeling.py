@@ -1,4 +1,4 @@
-"""HACL's training step on LLaVA's model: heads, global representations, and the fused forward. Floor 2.
+"""HACL's training step on LLaVA's model: heads, global representations, and the fused forward.
 
 Shapes: B batch, T tokens of a row after the image is spliced in, m visual tokens, n text tokens, K hallucinated
 captions per image, D hidden size, P head size.

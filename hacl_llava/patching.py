@@ -1,4 +1,4 @@
-"""The two lines that teach LLaVA's own train.py the flag ``--use_hacl``. Floor 1.
+"""The two lines that teach LLaVA's own train.py the flag ``--use_hacl``.
 
 patches/use_hacl.patch is the same change for ``git apply``.
 """

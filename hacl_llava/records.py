@@ -1,4 +1,4 @@
-"""LLaVA's records: what one must look like, and reading and writing many of them, however large the file. Floor 1.
+"""LLaVA's records: what one must look like, and reading and writing many of them, however large the file.
 
 A record is LLaVA's own, plus ``"hallucinated_captions"`` (a string or a list of strings) and, where it is known what
 each of them gets wrong, ``"hallucinated_kinds"``; the official release's key, ``"Hallucination caption"``, is read too.
@@ -10,7 +10,8 @@ import json
 import os
 import zlib
 
-from .config import HaclError
+from .common.files import atomic
+from .config import DataError
 
 HALLUCINATED_KEYS = ("hallucinated_captions", "Hallucination caption")
 KINDS_KEY = "hallucinated_kinds"  # a list beside the first of them, in the same order
@@ -21,10 +22,6 @@ _CHUNK = 1 << 20  # characters read at a time
 _MOST_PIXELS = 178_956_970  # where Pillow refuses an image as a decompression bomb
 _CROP = 336  # pixels; about the input of a vision tower
 _LONGEST = 1 << 26  # characters: a record that goes on for longer is a quote that was never closed
-
-
-class DataError(HaclError):
-    """Input data that cannot be used; the message names the file and the record."""
 
 
 def name_of(path, index, record):
@@ -270,24 +267,15 @@ def write_records(path, texts):
     path = os.fspath(path)
     name = path.lower()
     lines = name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as raw:
-            packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if name.endswith(".gz") else raw
-            separator = b"" if lines else b"[\n"
-            for text in texts:
-                if lines and "\n" in text:
-                    text = _dumps(json.loads(text))
-                packed.write(separator)
-                packed.write(text.encode())
-                separator = b"\n" if lines else b",\n"
-            packed.write(b"\n" if lines else b"\n]\n")
-            if packed is not raw:
-                packed.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
+    with atomic(path) as part, open(part, "wb") as raw:
+        packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if name.endswith(".gz") else raw
+        separator = b"" if lines else b"[\n"
+        for text in texts:
+            if lines and "\n" in text:
+                text = _dumps(json.loads(text))
+            packed.write(separator)
+            packed.write(text.encode())
+            separator = b"\n" if lines else b",\n"
+        packed.write(b"\n" if lines else b"\n]\n")
+        if packed is not raw:
+            packed.close()

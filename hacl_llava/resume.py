@@ -1,4 +1,4 @@
-"""What a stage-1 checkpoint holds beside the projector, which checkpoints are whole, and stopping in time. Floor 2."""
+"""What a stage-1 checkpoint holds beside the projector, which checkpoints are whole, and stopping in time."""
 
 import atexit
 import contextlib

@@ -1,4 +1,4 @@
-"""LLaVA's own train(): stage 1 with HACL on unless ``--use_hacl False``, and stage 2 on top of it. Floor 5.
+"""LLaVA's own train(): stage 1 with HACL on unless ``--use_hacl False``, and stage 2 on top of it.
 
 ``deepspeed scripts/pretrain_hacl.py ...``, ``python -m hacl_llava.train ...``, or LLaVA's train_mem.py after
 ``hacl-llava patch``: the same flags, the same function. ``scripts/finetune_hacl.py`` is stage 2.
@@ -8,7 +8,7 @@ import argparse
 import errno
 import sys
 
-from .config import HaclError, hacl_argument_fields, on_first_rank
+from .config import DataError, HaclError, hacl_argument_fields, on_first_rank
 
 EXAMPLE = """\
 example (one machine, all its GPUs; scripts/pretrain_7b.sh is the full run):
@@ -120,7 +120,7 @@ def main(stage=1):
     except HaclError as error:
         message = str(error)
         if "Original Traceback" in message:  # from a data worker process, of which only the last line is ours
-            message = message.strip().splitlines()[-1].removeprefix("hacl_llava.records.DataError: ")
+            message = message.strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
         print(f"\nerror: {message}", file=sys.stderr)
         SIGNALS.release()
         return 2

@@ -1,4 +1,4 @@
-"""LLaVA's trainer with checkpoints that resume; with HACL, its losses in the log and its heads beside them. Floor 3."""
+"""LLaVA's trainer with checkpoints that resume; with HACL, its losses in the log and its heads beside them."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import __version__
 from .checkpoint import save_tokenizer
+from .common.files import atomic
 from .compat import STATE_FILE, LLaVATrainer, end_in_order, savable_generation_config
 from .config import HaclError, RunSettings, on_first_rank
 from .guard import NonFiniteGuard
@@ -57,9 +58,8 @@ def save_head(model, folder, write=True):
     path = Path(folder) / HEAD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "hacl": json.dumps(model.config.hacl), "hacl_llava": __version__}
-    part = path.with_suffix(".part")
-    safetensors.torch.save_file(state, part, metadata=metadata)
-    os.replace(part, path)
+    with atomic(path) as part:
+        safetensors.torch.save_file(state, part, metadata=metadata)
     return path
 
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hacl_llava.common.files import read_lines
 from hacl_llava.config import HaclError
-from hacl_llava.evaluation import Question, amber, chair, mmhal, pope, read_lines, statistics
+from hacl_llava.evaluation import Question, amber, chair, mmhal, pope, statistics
 from hacl_llava.records import DataError
 
 DATA = Path(__file__).parent / "data" / "evaluation"

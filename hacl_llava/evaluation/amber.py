@@ -1,5 +1,4 @@
 """AMBER: hallucination in descriptions and in yes/no answers, without a judge (Wang et al. 2023, arXiv 2311.07397).
-Floor 5.
 
 Definitions are those of the official ``inference.py`` (junyangwang0410/AMBER), as shares of 1 instead of per cent:
 
@@ -30,9 +29,10 @@ import functools
 import re
 from pathlib import Path
 
+from ..common.files import read_json, read_text
+from ..config import DataError
 from ..hallucinate.lexicon import DETERMINERS, NUMBER, PRONOUNS, TOKEN, lexicon, singulars
-from ..records import DataError
-from . import Question, read_json, read_text
+from . import Question
 from .statistics import ratio
 
 NAME = "amber"

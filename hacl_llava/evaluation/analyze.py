@@ -6,8 +6,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from ..common.files import write_json, write_text
 from ..config import HaclError
-from . import provenance, write_json, write_text
+from . import provenance
 from .page import as_html, as_markdown
 from .plotting import METHODS
 

@@ -1,4 +1,4 @@
-"""Greedy answers of a loaded checkpoint, in batches. Floor 5.
+"""Greedy answers of a loaded checkpoint, in batches.
 
 Prompts and images are those of LLaVA's ``eval/model_vqa_loader.py``, and so are the answers, token for token. A batch
 holds rows of one length alone, with images of one shape: nothing is padded, so nothing has to be masked.

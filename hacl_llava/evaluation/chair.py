@@ -1,5 +1,5 @@
 """CHAIR: how many of the objects that a caption names are not in the image (Rohrbach et al., EMNLP 2018,
-arXiv 1809.02156). Floor 5.
+arXiv 1809.02156).
 
 Only COCO's 80 categories are looked for, each under many names. What is in an image is what COCO's boxes and its five
 human captions say together, as in the official script (``utils/chair.py`` of LisaAnne/Hallucination); with one of the
@@ -21,9 +21,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from ..common.files import read_lines, read_text
+from ..config import DataError
 from ..hallucinate.lexicon import lexicon, plural, singulars
-from ..records import DataError
-from . import Question, read_lines, read_text
+from . import Question
 from .statistics import ratio
 
 NAME = "chair"

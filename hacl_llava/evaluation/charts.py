@@ -1,4 +1,4 @@
-"""The two pictures of a report: training curves, and metrics with their differences. Floor 5."""
+"""The two pictures of a report: training curves, and metrics with their differences."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""``hacl-llava eval``: its arguments, and the run over tasks, questions and judgements. Floor 5."""
+"""``hacl-llava eval``: its arguments, and the run over tasks, questions and judgements."""
 
 import argparse
 import functools
@@ -10,10 +10,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ..config import HaclError
+from ..common.files import read_json, write_json, write_text
+from ..config import DataError, HaclError
 from ..hallucinate.command import whole
-from ..records import DataError
-from . import provenance, write_json, write_text
+from . import provenance
 
 _SHOWN = 10  # failures of a task that are printed one by one
 _HOPELESS = 20  # failures in a row from the beginning that end a run
@@ -400,7 +400,7 @@ def _finish(task, name, judge, args):
     if task.judged:
         result["judge"] = {"name": judge.model, "url": judge.url, "rubric": judge.rubric.name}
         result["judge"]["rubric_sha256"] = _digest(judge.rubric)
-    settings = json.loads((task.folder / "settings.json").read_text(encoding="utf-8"))
+    settings = read_json(task.folder / "settings.json")
     settings |= task.scored_by
     if "judge" in result:
         settings |= {"judge": judge.model, "rubric": judge.rubric.name}

@@ -1,4 +1,4 @@
-"""Models and judges behind an OpenAI-compatible endpoint. Floor 5."""
+"""Models and judges behind an OpenAI-compatible endpoint."""
 
 import base64
 import io

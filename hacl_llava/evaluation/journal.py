@@ -1,4 +1,4 @@
-"""The files that an evaluation writes as it goes, and goes on from after a kill; and where its images lie. Floor 5."""
+"""The files that an evaluation writes as it goes, and goes on from after a kill; and where its images lie."""
 
 import contextlib
 import fcntl
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import HaclError
-from ..records import DataError
-from . import Question, write_json, write_text
+from ..common.files import write_json, write_text
+from ..config import DataError, HaclError
+from . import Question
 
 SYNC_EVERY = 5  # seconds; what is lost by a power cut, by a kill nothing is
 _WHOLE, _BLOCK, _BLOCKS = 64 << 20, 4096, 64

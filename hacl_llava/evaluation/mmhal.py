@@ -1,5 +1,4 @@
 """MMHal-Bench: 96 questions that invite hallucination, judged by a language model (Sun et al. 2023, arXiv 2309.14525).
-Floor 5.
 
 The judge sees no image: it gets the objects in it, the question, a human answer and the answer to be judged, and rates
 0 to 6; below 3 means hallucination (``eval_gpt4.py`` of the data set Shengcao1006/MMHal-Bench). Its prompt is read from
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ..config import HaclError
-from ..records import DataError
-from . import Question, read_json, read_text
+from ..common.files import read_json, read_text
+from ..config import DataError, HaclError
+from . import Question
 from .statistics import ratio
 
 NAME = "mmhal"

@@ -1,4 +1,4 @@
-"""A page of blocks as one self-contained HTML file, and as Markdown with its pictures beside it. Floor 5.
+"""A page of blocks as one self-contained HTML file, and as Markdown with its pictures beside it.
 
 Blocks: ``("heading", level, text)``, ``("text", text)``, ``("list", texts)``, ``("code", text)``,
 ``("picture", file, what it shows)``, ``("figure", file, what it shows)`` that says so below it, ``("table", head,

@@ -1,9 +1,9 @@
-"""What `charts` and `figures` share: colours and shapes, names drawn as they stand, PNG files. Floor 5."""
+"""What `charts` and `figures` share: colours and shapes, names drawn as they stand, PNG files."""
 
 import io
 import warnings
 
-from . import write_bytes
+from ..common.files import write_bytes
 
 # Okabe and Ito's colours, told apart by the colour-blind; each has a shape of its own, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -1,4 +1,4 @@
-"""POPE: is this object in the image, yes or no? (Li et al., EMNLP 2023, arXiv 2305.10355). Floor 5.
+"""POPE: is this object in the image, yes or no? (Li et al., EMNLP 2023, arXiv 2305.10355).
 
 Answers are judged as POPE's own script does (``evaluate.py`` of AoiDragon/POPE; ``llava/eval/eval_pope.py`` does the
 same): the text up to the first full stop, without commas, split at spaces; "No", "no" or "not" among the words means
@@ -19,8 +19,9 @@ Where that script goes wrong, this one differs:
 import re
 from pathlib import Path
 
-from ..records import DataError
-from . import Question, read_lines
+from ..common.files import read_lines
+from ..config import DataError
+from . import Question
 from .statistics import ratio
 
 NAME = "pope"

@@ -1,4 +1,4 @@
-"""``hacl-llava report``: one page that puts runs side by side: training, evaluation, representations, answers. Floor 5.
+"""``hacl-llava report``: one page that puts runs side by side: training, evaluation, representations, answers.
 
 What is found below the folders is read, never changed: trainer_state.json of training, results.json and items.jsonl of
 ``hacl-llava eval``, analysis.json of ``hacl-llava analyze``. The same page is written as report.html (everything
@@ -10,8 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+from ..common.files import write_bytes, write_json, write_text
 from ..config import HaclError
-from . import provenance, write_bytes, write_json, write_text
+from . import provenance
 from .charts import curve_of, draw_curves, draw_evaluation, lines_of
 from .page import as_html, as_markdown, as_words, shorten, thumbnail
 from .plotting import pyplot

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from .. import compat  # noqa: F401  (before llava)
 from ..chat import open_image
 from ..checkpoint import is_whole, local_folder, read_json
+from ..common.files import atomic
 from ..config import HaclConfig, HaclError
 from ..data import tokenize_caption
 from ..loading import load_pretrained
@@ -345,8 +346,8 @@ def _save(path, found):
         arrays |= {f"{space}.{name}": x for name, x in zip(("image", "caption", "hallucinated"), parts)}
     about = json.dumps({**found.about, "skipped": found.skipped})
     tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}
-    save_file(tensors, f"{path}.part", metadata={"hacl_llava": about})
-    os.replace(f"{path}.part", path)
+    with atomic(path) as part:
+        save_file(tensors, part, metadata={"hacl_llava": about})
 
 
 def _read(path, digest):

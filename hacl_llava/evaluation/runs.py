@@ -1,4 +1,4 @@
-"""The runs of a report: what their folders hold, what differs between them, and whose answers differ. Floor 5."""
+"""The runs of a report: what their folders hold, what differs between them, and whose answers differ."""
 
 import importlib
 import json
@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import HaclError
-from ..records import DataError
+from ..common.files import read_json
+from ..config import DataError, HaclError
 
 _TASKS = {"pope": ".pope", "chair": ".chair", "amber": ".amber", "mmhal": ".mmhal"}  # "kind" of results.json: module
 QUANTITIES = {  # of a trainer's log: what its panel is called
@@ -85,16 +85,7 @@ def printable(value):
 
 
 def _load(path):
-    """A json file's dict, or DataError with a reason that can stand after the file's name."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is no whole json file ({error}): half-written or damaged") from None
-    if not isinstance(value, dict):
-        raise DataError(f"holds a {type(value).__name__}, expected an object")
-    return printable(value)
+    return printable(read_json(path, expected=dict))
 
 
 def read_run(name, folder, output=None):
@@ -118,7 +109,7 @@ def read_run(name, folder, output=None):
                 try:
                     read(run, place)
                 except DataError as error:
-                    run.left_out.append((str(place / file), str(error)))
+                    run.left_out.append((str(place / file), str(error).removeprefix(f"{place / file}: ").rstrip(".")))
         if "trainer_state.json" not in files and steps:
             reason = f"has {len(steps)} checkpoint-* but no trainer_state.json: the training is still going or stopped"
             run.left_out.append((str(place), reason))

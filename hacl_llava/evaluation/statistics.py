@@ -1,4 +1,4 @@
-"""Intervals and tests for figures that are functions of sums over items. Floor 5.
+"""Intervals and tests for figures that are functions of sums over items.
 
 An item is a dict as in ``items.jsonl``: ``{"id", "image", "counts": {name: number}, ...}``; one without ``counts``
 failed and is passed over. The bootstrap resamples images with all their items, because the questions on one image are

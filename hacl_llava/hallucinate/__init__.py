@@ -1,4 +1,4 @@
-"""Hallucinated captions for LLaVA-format data: where they come from, how they are checked, the resumable run. Floor 2.
+"""Hallucinated captions for LLaVA-format data: where they come from, how they are checked, the resumable run.
 
 A source is an object with ``answers(items)``: it takes an iterable of `Item` and yields one `Answer` for each, in any
 order, as each is ready; a source that has to stop early (a spending cap) yields fewer and says why in ``stopped``.

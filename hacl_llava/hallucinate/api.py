@@ -1,4 +1,4 @@
-"""Hallucinated captions from an OpenAI-compatible endpoint, request by request. Floor 2."""
+"""Hallucinated captions from an OpenAI-compatible endpoint, request by request."""
 
 import asyncio
 import email.utils

@@ -1,5 +1,5 @@
 """Requests to a file, results from a file: the form of OpenAI's Batch API, which the batch runners of vLLM and others
-read and write too (``vllm run-batch``). Floor 2.
+read and write too (``vllm run-batch``).
 
 A line of requests: ``{"custom_id", "method", "url", "body"}``. A line of results: ``{"custom_id", "response":
 {"status_code", "body"}, "error"}``. A custom id is ``RUN-RECORD-TRY``: the run's own digits, the record's place, and

@@ -1,4 +1,4 @@
-"""Whether a text may stand as a hallucinated caption of an image. Floor 2.
+"""Whether a text may stand as a hallucinated caption of an image.
 
 A hallucinated caption is a hard negative only if it is false of the image. No look at the image is taken here; what can
 be told from the words is: whether the text is a caption at all, how long it is, whether it says anything that the

@@ -1,4 +1,4 @@
-"""``hacl-llava hallucinate``: its arguments, and what they put together. Floor 2."""
+"""``hacl-llava hallucinate``: its arguments, and what they put together."""
 
 import argparse
 import functools

@@ -1,4 +1,4 @@
-"""What words mean, for the rules and the checks: `vocabulary.txt` (ours) over WordNet 3.1 (`wordnet.json.gz`). Floor 2.
+"""What words mean, for the rules and the checks: `vocabulary.txt` (ours) over WordNet 3.1 (`wordnet.json.gz`).
 
 Nothing here is a model: look-ups of surface forms, plurals, what is a kind of what, and what is seen together.
 """

@@ -1,4 +1,4 @@
-"""What a model is asked for hallucinated captions, and the reading of what it answers. Floor 2."""
+"""What a model is asked for hallucinated captions, and the reading of what it answers."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""How good the hallucinated captions of a run are, as far as words can tell: Markdown and a picture. Floor 2."""
+"""How good the hallucinated captions of a run are, as far as words can tell: Markdown and a picture."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import statistics
 from collections import Counter
 
+from ..common.files import write_text
 from ..config import HaclError
 from ..records import caption_of, name_of, stream_records
 from . import KINDS
@@ -189,8 +190,7 @@ def write_report(run, summary, command):
             (".json", json.dumps(found, indent=1, ensure_ascii=False)),
             (".md", _markdown(found, os.path.basename(stem) + ".png", command)),
         ):
-            with open(stem + ending, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
+            write_text(stem + ending, text)
     except OSError as error:
         raise HaclError(f"{stem}.*: cannot be written ({error.strerror or error}).") from None
     return stem + ".md"

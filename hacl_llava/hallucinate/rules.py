@@ -1,4 +1,4 @@
-"""The source ``rules``: hallucinated captions by rewriting words, with no network and no model. Floor 2.
+"""The source ``rules``: hallucinated captions by rewriting words, with no network and no model.
 
 A caption is tokenised, its nouns are found, and each kind of hallucination is a set of places where it can be changed:
 

@@ -1,4 +1,4 @@
-"""The run: from a LLaVA-format file to the same file with hallucinated captions, resumable at any moment. Floor 2.
+"""The run: from a LLaVA-format file to the same file with hallucinated captions, resumable at any moment.
 
 Each answer is appended to a journal beside the target, one json line, as it comes; the target is assembled from input
 and journal at the end, and renamed into place. The same command goes on where a killed one stopped.

@@ -1,4 +1,4 @@
 """The embedded world: rendered scenes with captions and hallucinated captions, and tiny models to train on them.
 
-Floor 0. `make_dataset` needs pillow; `make_models` needs torch, transformers and sentencepiece.
+`make_dataset` needs pillow; `make_models` needs torch, transformers and sentencepiece.
 """
