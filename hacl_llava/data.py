@@ -1,14 +1,13 @@
 """LLaVA's dataset and collator, plus the captions that HACL contrasts."""
 
 import functools
-import json
 import os
 import sys
 
 import torch
 
 from . import compat  # noqa: F401  (before llava)
-from .common.files import write_text
+from .common import jsonl
 from .config import RunSettings, on_first_rank
 from .layout import pack
 from .records import (
@@ -60,17 +59,7 @@ class BadRecords:
 
     def read(self):
         """Lines of the file, as dicts; a line that a kill or a full disk cut is passed over."""
-        found = []
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                for line in file:
-                    try:
-                        found.append(json.loads(line))
-                    except ValueError:
-                        continue
-        except FileNotFoundError:
-            pass
-        return found
+        return list(jsonl.read(self.path))
 
     def replace(self, entries):
         """Start the file anew with these, or without any remove it; it appears whole."""
@@ -79,7 +68,7 @@ class BadRecords:
                 os.unlink(self.path)
             return
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
+        jsonl.write(self.path, entries)
 
     def add(self, entry):
         """Append one that failed while training runs, unless it is listed.
@@ -97,16 +86,8 @@ class BadRecords:
                 f"{name}: {entry['problem']}. {len(failed)} records have failed before it, listed in {self.path}, and "
                 f"--hacl_max_failed is {self.limit}. Mend them, and give the same command again; it goes on."
             )
-        line = json.dumps(entry) + "\n"
         try:
-            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                end = os.fstat(file).st_size
-                whole = not end or os.pread(file, 1, end - 1) == b"\n"
-                os.write(file, (line if whole else f"\n{line}").encode())
-            finally:
-                os.close(file)
+            jsonl.append(self.path, [entry])
         except OSError as error:
             self._unwritten.append(entry)
             print(f"HACL data: {self.path}: cannot be written ({error.strerror}).", file=sys.stderr)

@@ -1,12 +1,12 @@
 """Batches whose loss or gradient is not finite stay away from the weights, and are named."""
 
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from .common import jsonl
 from .config import HaclError
 
 FILE = "nonfinite.jsonl"
@@ -134,9 +134,7 @@ class NonFiniteGuard:
             return
         print(f"HACL: {_words(entries)}; {self.found} batches left out so far ({self.path})", flush=True)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            jsonl.append(self.path, entries)
         except OSError as error:
             print(f"HACL: {self.path}: cannot be written ({error.strerror}).", flush=True)
 

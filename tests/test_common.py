@@ -1,10 +1,12 @@
-"""What several rooms share: files that appear whole, json read with a good error."""
+"""What several rooms share: files that appear whole, json read with a good error, the journal."""
 
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hacl_llava.common import files
+from hacl_llava.common import files, jsonl
 from hacl_llava.config import DataError, HaclError
 
 
@@ -54,3 +56,65 @@ def test_what_can_be_read(tmp_path):
     path.write_text('{"a": 1}\n{"a": ')
     with pytest.raises(DataError, match="a.json: line 2 is not valid json"):
         list(files.read_lines(path))
+
+
+VALUES = st.lists(
+    st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.text(max_size=9), max_size=3), max_size=6
+)
+
+
+@given(values=VALUES, more=VALUES, cut=st.integers(0, 200), headed=st.booleans())
+def test_a_journal_goes_on_behind_the_last_whole_line(tmp_path_factory, values, more, cut, headed):
+    path = tmp_path_factory.mktemp("journal") / "a.jsonl"
+    header = {"format": "test", "é": 1} if headed else None
+    with jsonl.Journal(path, lambda value, place: None, header) as journal:
+        for value in values:
+            journal.append(value)
+    whole = path.read_bytes() if path.exists() else b""
+    if whole:
+        path.write_bytes(whole[: max(len(whole) - cut, 0)])  # as a kill or a full disk leaves it
+    left = (path.read_bytes() if path.exists() else b"").count(b"\n") - headed
+    kept, places = [], []
+    begun = []
+    with jsonl.Journal(
+        path, lambda v, p: (kept.append(v), places.append(p)), header, lambda b: begun.append(b)
+    ) as journal:
+        assert kept == values[: max(left, 0)] and begun == [header] * (headed and left >= 0)
+        for value in more:
+            journal.append(value)
+        assert [journal.at(p) for p in places] == kept == values[: max(left, 0)] + more
+    assert path.exists() or not (kept or headed)
+    assert list(jsonl.read(path)) == [header] * headed + kept
+
+
+def test_what_is_no_line_of_a_journal(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\nx\n{"b": 2}\n{"a": 3}\n')
+    with pytest.raises(DataError, match="a.jsonl: line 2 is damaged"):
+        jsonl.Journal(path, lambda value, place: value["a"])
+    kept = []
+    jsonl.Journal(path, lambda value, place: kept.append(value["a"]), damaged="skip").close()
+    assert kept == [1, 3] and "2 lines are damaged (2, 3)" in capsys.readouterr().err
+    for text in ("my diary\n", "my diary"):  # somebody's file is never taken for one that was cut
+        path.write_text(text)
+        with pytest.raises(HaclError, match="is none"):
+
+            def begin(begun):
+                assert begun is None
+                raise HaclError("is none")
+
+            jsonl.Journal(path, kept.append, {"format": "test"}, begin)
+        assert path.read_text() == text
+    assert (
+        jsonl.Journal(path, kept.append, {"format": "test"}, lambda begun: True)
+        and path.read_text() == '{"format": "test"}\n'
+    )
+
+
+def test_several_processes_append_to_one_file(tmp_path):
+    path = tmp_path / "folder/a.jsonl"
+    jsonl.append(path, [{"a": 1}])
+    with open(path, "a") as file:
+        file.write('{"a"')  # killed in the middle of a line
+    jsonl.append(path, [{"a": 2}, {"a": 3}])
+    assert list(jsonl.read(path)) == [{"a": 1}, {"a": 2}, {"a": 3}]

@@ -550,7 +550,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(checkpoint, pope, image
 def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, monkeypatch):
     from hacl_llava.evaluation import journal as files
 
-    append = files.Journal.append
+    append = files.Answers.append
 
     def interrupted(self, line):
         append(self, line)
@@ -558,7 +558,7 @@ def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.Journal, "append", interrupted)
+        patch.setattr(files.Answers, "append", interrupted)
         assert run(checkpoint, pope, images, tmp_path / "out") == 130
     assert "stopped; answers so far are in" in capsys.readouterr().err
     assert len(lines_of(tmp_path / "out/pope-coco-random/answers.jsonl")) == 7
@@ -615,17 +615,17 @@ def test_a_damaged_journal_is_not_guessed_at(tmp_path):
     for text, line in (('{"question_id": "1"}\nx\n{"question_id": "2"}\n', 2), ("[]\n", 1), ('{"id": 1}\n', 1)):
         path.write_text(text)
         with pytest.raises(HaclError, match=f"line {line} is damaged"):
-            journal.Journal(path, "question_id")
+            journal.Answers(path, "question_id")
         assert path.read_text() == text
 
 
 def test_answers_with_odd_characters_stay_one_line(tmp_path):
-    lines = journal.Journal(tmp_path / "a.jsonl", "question_id")
+    lines = journal.Answers(tmp_path / "a.jsonl", "question_id")
     texts = ["a\u2028b\nc", "\ud83d", "é🙂\0"]
     for i, text in enumerate(texts):
         lines.append({"question_id": i, "text": text})
     lines.close()
-    found = journal.Journal(tmp_path / "a.jsonl", "question_id").lines
+    found = journal.Answers(tmp_path / "a.jsonl", "question_id").lines
     assert [found[i]["text"] for i in range(3)] == texts
 
 

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from ..common import jsonl
 from ..common.files import read_json, write_json, write_text
 from ..config import DataError, HaclError
 from ..hallucinate.command import whole
@@ -296,7 +297,7 @@ def main(args):
         HaclError: something that was given is not right, which is seen before the model is loaded; or an endpoint gave
             up, or every image fails. Answers so far are kept.
     """
-    from .journal import Journal, check_settings, locked, write_settings
+    from .journal import Answers, check_settings, locked, write_settings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     tasks = _tasks(args)
@@ -313,7 +314,7 @@ def main(args):
                         f"{task.name}: the answers in {task.folder} were given with --images {old['images']}, now it "
                         f"is {here}; they are kept. If these are other images, choose another --output."
                     )
-                task.journal = Journal(task.folder / "answers.jsonl", "question_id")
+                task.journal = Answers(task.folder / "answers.jsonl", "question_id")
             _check_images(tasks, args.images)
             model, results = None, []
             try:
@@ -372,7 +373,6 @@ def _ask(task, model, name, images):
 
 def _finish(task, name, judge, args):
     """Judge or score a task's answers; write items.jsonl and results.json."""
-    from .journal import write_lines
     from .statistics import summarise
 
     task.journal.sort(q.id for q in task.questions)
@@ -405,7 +405,7 @@ def _finish(task, name, judge, args):
     if "judge" in result:
         settings |= {"judge": judge.model, "rubric": judge.rubric.name}
     result |= {"images": os.path.abspath(args.images), "settings": settings, "provenance": provenance(args.seed)}
-    write_lines(task.folder / "items.jsonl", items)
+    jsonl.write(task.folder / "items.jsonl", items)
     write_json(task.folder / "results.json", result)
     return result
 
@@ -422,10 +422,10 @@ def _judge(task, judge):
     from tqdm import tqdm
 
     from .endpoint import NotAnswered, concurrently
-    from .journal import Journal
+    from .journal import Answers
 
     who = {"judge": judge.model, "url": judge.url, "rubric": _digest(judge.rubric)}
-    journal = Journal(task.folder / "judgements.jsonl", "question_id", "judge", "url", "rubric", "answer")
+    journal = Answers(task.folder / "judgements.jsonl", "question_id", "judge", "url", "rubric", "answer")
     answers = {q.id: task.journal.lines.get(q.id, {}).get("text") for q in task.asked}
 
     def key(question):

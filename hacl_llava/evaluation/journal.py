@@ -7,15 +7,14 @@ import json
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ..common.files import write_json, write_text
+from ..common import jsonl
+from ..common.files import write_json
 from ..config import DataError, HaclError
 from . import Question
 
-SYNC_EVERY = 5  # seconds; what is lost by a power cut, by a kill nothing is
 _WHOLE, _BLOCK, _BLOCKS = 64 << 20, 4096, 64
 _OF_THE_MODEL = re.compile(  # not results, which may be written beside it
     r".*\.(bin|safetensors|model|index\.json)|(.*config|tokenizer|special_tokens_map|added_tokens)\.json"
@@ -136,74 +135,39 @@ def _short(value):
     return text if len(text) <= 100 else text[:100] + "..."
 
 
-class Journal:
-    """A file of json lines that grows by whole lines; the last line of a key counts.
+class Answers:
+    """Answers by name, in a file of json lines that grows by whole lines; the last line of a name counts.
 
     Args:
-        path: the file; a last line that was cut off by a kill is removed, and stderr says so.
-        key: the field, or the fields, that name a line.
+        path: the file. key: the field, or the fields, that name a line.
 
     Raises:
-        DataError: another line is damaged.
+        DataError: a line is damaged.
     """
 
     def __init__(self, path, *key):
-        self.path, self.key, self.lines, self._file = Path(path), key, {}, None
-        try:
-            data = self.path.read_bytes() if self.path.exists() else b""
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror}).") from None
-        *lines, rest = data.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line)
-                self.lines[self._name(value)] = value
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{self.path}: line {number} is damaged ({error}); remove it to go on.") from None
-        if rest:
-            print(f"{self.path}: the last line was not written to its end; it is cut off.", file=sys.stderr)
-            os.truncate(self.path, len(data) - len(rest))
+        self.path, self.key, self.lines = Path(path), key, {}
+        self._journal = jsonl.Journal(path, self._keep)
 
     def _name(self, value):
         return tuple(value[k] for k in self.key) if len(self.key) > 1 else value[self.key[0]]
 
-    def append(self, value):
-        """Add a line; it outlives this process at once, and a power cut after `SYNC_EVERY` seconds."""
-        try:
-            if self._file is None:
-                self._file, self._synced = open(self.path, "ab"), time.monotonic()
-            self._file.write(_line(value).encode("utf-8", "backslashreplace"))  # as `write_text`
-            self._file.flush()
-            if time.monotonic() - self._synced > SYNC_EVERY:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
-        except OSError as error:
-            raise HaclError(
-                f"{self.path}: cannot be written ({error.strerror}); answers so far are kept, the same command goes on."
-            ) from None
+    def _keep(self, value, place):
         self.lines[self._name(value)] = value
 
+    def append(self, value):
+        """Add a line, as `jsonl.Journal.append`."""
+        self._journal.append(value)
+
     def close(self):
-        if self._file is not None:
-            with self._file:
-                os.fsync(self._file.fileno())
-            self._file = None
+        self._journal.close()
 
     def sort(self, names):
-        """Rewrite the file, one line for each key, in the order of ``names``, others after them."""
+        """Rewrite the file, one line for each name, in the order of ``names``, others after them."""
         self.close()
         order = {name: i for i, name in enumerate(names)}
         lines = sorted(self.lines.items(), key=lambda line: order.get(line[0], len(order)))
-        write_lines(self.path, (value for _, value in lines))
-
-
-def _line(value):
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_lines(path, values):
-    """Write a file of json lines so that it appears whole or not at all."""
-    write_text(path, "".join(map(_line, values)))
+        jsonl.write(self.path, (value for _, value in lines))
 
 
 def write_settings(path, settings):

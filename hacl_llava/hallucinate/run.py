@@ -6,6 +6,7 @@ and journal at the end, and renamed into place. The same command goes on where a
 
 import array
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -14,9 +15,9 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from ..config import HaclError
+from ..common import jsonl
+from ..config import DataError, HaclError
 from ..records import (
-    DataError,
     caption_of,
     hallucinated_captions,
     name_of,
@@ -111,7 +112,7 @@ class Survey:
         )
 
 
-class Journal:
+class Answers:
     """Answers on disk, one json line each, under a first line that says what they answer.
 
     Raises:
@@ -120,41 +121,35 @@ class Journal:
 
     def __init__(self, path, header, records, restart=False):
         self.path = path
-        try:
-            self.file = open(path, "a+b")  # noqa: SIM115  (kept open, for its lock)
-        except OSError as error:
-            raise HaclError(f"{path}: cannot be written ({error.strerror}); choose another output.") from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise HaclError(f"{path}: another run is writing it; wait for it, or choose another output.") from None
         self.done = bytearray(records)  # 1: answered, 2: to be asked again
         self.places = array.array("q", [-1]) * records
         self.usage = {}  # {source: tokens it was paid for}
         self.tries = Counter()  # {record: answers read from files that did not do}
+        self._lock(path)
         try:
-            self._load(header, restart)
+            begin = functools.partial(self._check, header, restart)
+            self._journal = jsonl.Journal(path, self._keep, header, begin, damaged="skip")
         except BaseException:
-            self.file.close()
+            self.close()
             raise
 
-    def _load(self, header, restart):
-        self.file.seek(0)
-        line = self.file.readline()
-        if not line.endswith(b"\n"):  # new, or killed within its first line
-            self.file.truncate(0)
-            self._append(header)
-            return
+    def _lock(self, path):
+        self._journal = None
         try:
-            found = json.loads(line)
-            assert found["format"] == header["format"]
-        except (ValueError, KeyError, TypeError, AssertionError):
+            self._held = open(path, "ab")  # noqa: SIM115  (kept open, for its lock)
+        except OSError as error:
+            raise HaclError(f"{path}: cannot be written ({error.strerror}); choose another output.") from None
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._held.close()
+            raise HaclError(f"{path}: another run is writing it; wait for it, or choose another output.") from None
+
+    def _check(self, header, restart, found):
+        if not isinstance(found, dict) or found.get("format") != header["format"]:
             raise HaclError(f"{self.path}: is no journal of this command; move it away.") from None
         if restart:
-            self.file.truncate(0)
-            self._append(header)
-            return
+            return True
         if found.get("input") != header["input"]:
             raise HaclError(
                 f"{self.path}: the input has changed since that run began; --restart throws its answers away, another "
@@ -167,72 +162,38 @@ class Journal:
                     f"{_say(key, header.get(key))}. Give the settings of then to go on, another output to begin anew, "
                     "or --restart to throw its answers away."
                 )
-        end = place = self.file.tell()
-        damaged = []
-        for line in self.file:
-            place, end = end, end + len(line)
-            if not line.endswith(b"\n"):
-                end = place  # killed while writing it
-                break
-            try:
-                entry = json.loads(line)
-                index = entry["record"]
-                self.done[index] = 2 if entry.get("failed") else 1
-                self.places[index] = place
-                self._count(entry["source"], entry.get("usage", {}))
-                self.tries[index] += (entry.get("reason") or "").startswith(AGAIN)
-            except (ValueError, KeyError, IndexError, TypeError):
-                damaged.append(place)
-        if damaged:
-            print(
-                f"warning: {self.path}: {len(damaged)} lines are damaged, the first at byte {damaged[0]}; what they "
-                "answered is asked again.",
-                file=sys.stderr,
-            )
-        self.file.truncate(end)
+        return False
 
-    def _count(self, source, usage):
-        self.usage.setdefault(source, Counter()).update(usage)
-
-    def _append(self, entry):
-        line = json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
-        place = self.file.seek(0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(line):  # straight to the system: a killed process loses nothing
-                written += os.write(self.file.fileno(), line[written:])
-        except OSError as error:
-            os.ftruncate(self.file.fileno(), place)
-            raise HaclError(
-                f"{self.path}: cannot be written ({error.strerror}); the answers so far are safe in it. "
-                "Make room and give the same command again."
-            ) from None
-        return place
+    def _keep(self, entry, place):
+        index = entry["record"]
+        self.done[index] = 2 if entry.get("failed") else 1
+        self.places[index] = place
+        self.usage.setdefault(entry["source"], Counter()).update(entry.get("usage", {}))
+        self.tries[index] += (entry.get("reason") or "").startswith(AGAIN)
 
     def add(self, source, answer):
         """Keep an `Answer` for a record that is not done."""
         entry = {"record": answer.index, "source": source, "captions": answer.captions}
         entry |= {k: v for k in ("reason", "failed", "rejected", "usage") if (v := getattr(answer, k))}
-        self.places[answer.index] = self._append(entry)
-        self.done[answer.index] = 2 if answer.failed else 1
-        self._count(source, answer.usage)
-        self.tries[answer.index] += (answer.reason or "").startswith(AGAIN)
+        self._journal.append(entry)
 
     def entry(self, index):
         """What is known of a record, or None."""
-        if self.places[index] < 0:
-            return None
-        self.file.seek(self.places[index])
-        return json.loads(self.file.readline())
+        return None if self.places[index] < 0 else self._journal.at(self.places[index])
+
+    def sync(self):
+        self._journal.sync()
+
+    def close(self):
+        if self._journal is not None:
+            self._journal.close()
+        self._held.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        self.file.close()
-
-    def sync(self):
-        os.fsync(self.file.fileno())
+    def __exit__(self, *_):
+        self.close()
 
 
 def _say(key, value):
@@ -307,7 +268,7 @@ class Run:
 
     def open(self):
         """Take the journal, and with it the right to write."""
-        self.journal = Journal(self.journal_path, self.header, self.survey.records, self.restart)
+        self.journal = Answers(self.journal_path, self.header, self.survey.records, self.restart)
         return self.journal
 
     def wanted(self, index):
