@@ -15,7 +15,7 @@ import transformers
 from . import compat
 from .check import check_run
 from .config import HaclConfig, HaclError, RunSettings, hacl_argument_fields
-from .resume import FILES, SIGNALS, broken, check_folder, checkpoints, ranks_of
+from .resume import FILES, SIGNALS, broken, check_folder, checkpoints, lock_folder, ranks_of
 
 NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
 SAVING = (
@@ -116,6 +116,7 @@ def _argument_classes(stock, use_hacl, choose, stage):
         if stage is not None or model.use_hacl:
             SIGNALS.catch()
             check_folder(training.output_dir)
+            lock_folder(training.output_dir)
             if model.tune_mm_mlp_adapter:
                 _check_stage1(training)
             check_run(model, data, training)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from . import __version__
+from .common.files import locked
 from .compat import order_is_of_one_rank
 from .config import HaclError, on_first_rank
 
@@ -454,6 +455,19 @@ def _end_workers():
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
+
+
+LOCK = contextlib.ExitStack()  # of the run's folder; the process's end frees it too
+
+
+def lock_folder(folder):
+    """Hold the folder of a run, by its first rank; a second run that is given it is refused, and told who holds it.
+
+    Raises:
+        HaclError: another run holds it. The launcher then ends the other ranks, as for any rank that fails.
+    """
+    if on_first_rank():
+        LOCK.enter_context(locked(Path(folder) / ".lock", str(folder), "give another --output_dir"))
 
 
 def check_folder(folder):

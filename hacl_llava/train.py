@@ -104,7 +104,7 @@ def main(stage=1):
         import llava.train.train as llava_train
 
         from .integration import install
-        from .resume import SIGNALS, Stopped
+        from .resume import LOCK, SIGNALS, Stopped
     except ImportError as error:
         if on_first_rank():
             print(f"error: {error}", file=sys.stderr)
@@ -130,6 +130,8 @@ def main(stage=1):
         print(f"\nerror: {error.filename or 'the output'}: cannot be written ({error.strerror}).", file=sys.stderr)
         SIGNALS.release()
         return 2
+    finally:
+        LOCK.close()
     return 0
 
 

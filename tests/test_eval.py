@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from workers import Command
 
 from hacl_llava import cli, hub
+from hacl_llava.common import files
 from hacl_llava.config import HaclError
 from hacl_llava.evaluation import Question, journal
 
@@ -548,9 +549,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(checkpoint, pope, image
 
 
 def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, monkeypatch):
-    from hacl_llava.evaluation import journal as files
-
-    append = files.Answers.append
+    append = journal.Answers.append
 
     def interrupted(self, line):
         append(self, line)
@@ -558,7 +557,7 @@ def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.Answers, "append", interrupted)
+        patch.setattr(journal.Answers, "append", interrupted)
         assert run(checkpoint, pope, images, tmp_path / "out") == 130
     assert "stopped; answers so far are in" in capsys.readouterr().err
     assert len(lines_of(tmp_path / "out/pope-coco-random/answers.jsonl")) == 7
@@ -587,8 +586,8 @@ def test_help_and_parser_import_nothing_heavy():
 
 
 HOLD = """import os, sys, time
-from hacl_llava.evaluation.journal import locked
-with locked(sys.argv[1]):
+from hacl_llava.common.files import locked
+with locked(sys.argv[1] + "/.lock", "x", "y"):
     if os.fork() == 0:  # as the processes that read images, which outlive it for a moment
         time.sleep(10)
         os._exit(0)
@@ -606,7 +605,7 @@ def test_two_runs_in_one_folder(checkpoint, pope, images, tmp_path, capsys):
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    with journal.locked(tmp_path / "out"):  # a killed one leaves it free
+    with files.locked(tmp_path / "out/.lock", "x", "y"):  # a killed one leaves it free
         pass
 
 

@@ -268,16 +268,28 @@ def test_a_damaged_line_of_the_journal_costs_one_answer(tmp_path, capsys):
     assert "lines are damaged" in capsys.readouterr().err and out.read_bytes() == before
 
 
-def test_two_at_a_time_are_refused(tmp_path, small, capsys):
-    import fcntl
+HOLD = """
+import sys, time
+from hacl_llava.common.files import locked
+with locked(sys.argv[1], "x", "y"):
+    print(flush=True)
+    time.sleep(60)
+"""
 
+
+def test_two_at_a_time_are_refused(tmp_path, small, capsys):
     out = tmp_path / "out.json"
-    with open(f"{out}.journal", "ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, f"{out}.journal.lock"], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
         assert hallucinate(small, out) == 2
         assert hallucinate(small, out, "--restart") == 2
-    assert capsys.readouterr().err.count("another run is writing it") == 2
-    assert hallucinate(small, out) == 0
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert capsys.readouterr().err.count(f"another run writes there (process {holder.pid} on ") == 2
+    assert hallucinate(small, out) == 0  # a dead one's does not count
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -220,6 +220,20 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(train, tmp_path
     assert status == 2 and "error:" in err and "file" in err and "Traceback" not in err
 
 
+def test_a_second_run_in_the_same_folder_is_refused(train, tmp_path):
+    code = "import sys, time; from hacl_llava.resume import lock_folder; lock_folder(sys.argv[1]); print(flush=True); "
+    holder = subprocess.Popen([sys.executable, "-c", f"{code}time.sleep(99)", tmp_path], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        status, err = train(tmp_path)
+        assert status == 2 and f"another run writes there (process {holder.pid} on " in err and "--output_dir" in err
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert train(tmp_path, "--max_steps", "1")[0] == 0  # a dead one's lock does not count
+
+
 def test_loss_scale_of_fp16_goes_on():
     """DeepSpeed's own scaler and torch's: neither runs in fp16 on a CPU, so their states alone."""
     from hacl_llava.trainer import ResumableTrainer

@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all, and json that is read with a good error."""
+"""Files that appear whole or not at all, json that is read with a good error, folders for one run at a time."""
 
 import contextlib
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,42 @@ def _finite(value):
     if hasattr(value, "item"):  # numpy's and torch's scalars
         value = value.item()
     return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, what: str, hint: str) -> Iterator[None]:
+    """The right to write, for one process at a time: until the end of ``with``, or of the process, however it ends.
+
+    Args:
+        path: of the lock file, which names its holder. what: is written, for the message. hint: what else to do.
+
+    Raises:
+        HaclError: another process holds it, or the file cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, is_singleton=True)
+    try:
+        os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
+        lock.acquire(timeout=0)
+        Path(path).write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
+    except Timeout:
+        try:
+            holder = Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            holder = ""
+        raise HaclError(
+            f"{what}: another run writes there{f' ({holder})' if holder else ''}; wait for it, or {hint}."
+        ) from None
+    except OSError as why:
+        raise HaclError(f"{what}: cannot be written to ({why.strerror}); {hint}.") from None
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # while it is held: who opens it now finds that it is gone, and tries again
+        lock.release()
 
 
 def read_text(path: str | os.PathLike, hint: str = "", error: type[HaclError] = DataError) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..common import jsonl
-from ..common.files import read_json, write_json, write_text
+from ..common.files import locked, read_json, write_json, write_text
 from ..config import DataError, HaclError
 from ..hallucinate.command import whole
 from . import provenance
@@ -297,12 +297,12 @@ def main(args):
         HaclError: something that was given is not right, which is seen before the model is loaded; or an endpoint gave
             up, or every image fails. Answers so far are kept.
     """
-    from .journal import Answers, check_settings, locked, write_settings
+    from .journal import Answers, check_settings, write_settings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     tasks = _tasks(args)
     judge, here = _check(args, tasks), os.path.abspath(args.images)
-    with locked(args.output):
+    with locked(Path(args.output, ".lock"), args.output, "choose another --output"):
         try:
             source = _Api(args) if args.model.startswith("api:") else _Checkpoint(args)
             for path in Path(args.output).glob("*/settings.json"):

@@ -1,12 +1,9 @@
 """The files that an evaluation writes as it goes, and goes on from after a kill; and where its images lie."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,30 +68,6 @@ def digest_of(folder):
             file.seek(size - (1 << 20))
             digest.update(file.read())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold a folder for this process alone; it is free again when the process ends, however it ends.
-
-    Raises:
-        HaclError: another run holds it, or it cannot be written to.
-    """
-    path = Path(folder, ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise HaclError(f"{folder}: cannot be written to ({error.strerror}); choose another --output.") from None
-    with file:
-        try:
-            # Not flock: that would live on in the processes that load images when this one is killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise HaclError(f"{folder}: another run writes there; wait for it, or choose another --output.") from None
-        except OSError as error:  # file systems without locks
-            print(f"{folder}: cannot be locked ({error.strerror}); let no other run write there.", file=sys.stderr)
-        yield
 
 
 def check_settings(path, settings):

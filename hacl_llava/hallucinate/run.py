@@ -5,7 +5,7 @@ and journal at the end, and renamed into place. The same command goes on where a
 """
 
 import array
-import fcntl
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +16,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from ..common import jsonl
+from ..common.files import locked
 from ..config import DataError, HaclError
 from ..records import (
     caption_of,
@@ -125,25 +126,14 @@ class Answers:
         self.places = array.array("q", [-1]) * records
         self.usage = {}  # {source: tokens it was paid for}
         self.tries = Counter()  # {record: answers read from files that did not do}
-        self._lock(path)
+        self._lock, self._journal = contextlib.ExitStack(), None
+        self._lock.enter_context(locked(f"{path}.lock", path, "choose another output"))
         try:
             begin = functools.partial(self._check, header, restart)
             self._journal = jsonl.Journal(path, self._keep, header, begin, damaged="skip")
         except BaseException:
             self.close()
             raise
-
-    def _lock(self, path):
-        self._journal = None
-        try:
-            self._held = open(path, "ab")  # noqa: SIM115  (kept open, for its lock)
-        except OSError as error:
-            raise HaclError(f"{path}: cannot be written ({error.strerror}); choose another output.") from None
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._held.close()
-            raise HaclError(f"{path}: another run is writing it; wait for it, or choose another output.") from None
 
     def _check(self, header, restart, found):
         if not isinstance(found, dict) or found.get("format") != header["format"]:
@@ -187,7 +177,7 @@ class Answers:
     def close(self):
         if self._journal is not None:
             self._journal.close()
-        self._held.close()
+        self._lock.close()
 
     def __enter__(self):
         return self
@@ -255,7 +245,7 @@ class Run:
             raise HaclError(f"{folder}: is no folder; make it, or choose another output.")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise HaclError(f"{folder}: is not writable; choose another output.")
-        for ending in ("", ".journal", ".part"):
+        for ending in ("", ".journal", ".journal.lock", ".part"):
             mine = self.target + ending
             if os.path.exists(self.source) and os.path.exists(mine) and os.path.samefile(self.source, mine):
                 raise HaclError(f"{mine}: is the input itself; choose another output.")
