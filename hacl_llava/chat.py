@@ -2,21 +2,19 @@
 
 import contextlib
 import copy
-import os
 import signal
 import sys
 import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from . import compat  # noqa: F401  (before llava)
+from .common.images import open_image
 from .config import HaclError
 from .loading import load_pretrained
-from .records import unreadable
 
 # isort: split
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -30,6 +28,8 @@ Anything else goes to the model."""
 # What a checkpoint's generation_config says of these is not for one streamed answer, or (sampling) not for greedy ones.
 _NOT_KEPT = ("max_length", "min_length", "num_beams", "num_return_sequences")
 _SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+
+HINT = "; give the path of an image"
 
 
 def default_template(path, base, config, tokenizer):
@@ -50,20 +50,6 @@ def default_template(path, base, config, tokenizer):
     if config.model_type == "llava_mistral" and "mistral_instruct" in conv_templates:
         return "mistral_instruct"
     return "llava_llama_2" if "llama-2" in name else "chatml_direct" if "v1.6-34b" in name else "v1"
-
-
-def open_image(path):
-    """An image as LLaVA opens it: RGB, not turned by its EXIF orientation.
-
-    Raises:
-        HaclError: there is no such file, or it is no image that Pillow reads.
-    """
-    try:
-        return Image.open(os.path.expanduser(path)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HaclError(
-            f"{path or '(no file)'}: cannot be opened ({unreadable(error)}); give the path of an image."
-        ) from None
 
 
 def generation_settings(model, tokenizer, temperature=0.0):
@@ -274,7 +260,7 @@ def run(args):
     once, out = args.question is not None, sys.stdout
     if once and not (args.question.strip() or args.image):
         raise HaclError("--question is empty, and there is no --image to caption; ask something.")
-    image = open_image(args.image) if once and args.image else None  # before minutes of loading
+    image = open_image(args.image, HINT) if once and args.image else None  # before minutes of loading
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`do_sample` is set to `False`")  # vicuna's generation_config
         loaded = load_pretrained(
@@ -319,7 +305,7 @@ def _do(chat, line):
     command, _, rest = line.partition(" ")
     if command == "/image":
         path = rest.strip(" '\"")
-        chat.show(open_image(path))
+        chat.show(open_image(path, HINT))
         say(f"{path}: {chat.image_tokens} tokens." + (" Press Enter for its caption." if chat.plain else " Ask."))
     elif command == "/reset":
         chat.turns = []

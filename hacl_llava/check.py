@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from . import __version__
 from .common.files import write_text
+from .common.images import image_path, size_problem
 from .config import HaclError, on_first_rank
 from .records import (
     HALLUCINATED_KEYS,
@@ -31,11 +32,9 @@ from .records import (
     DataError,
     caption_of,
     hallucinated_captions,
-    image_path,
     list_records,
     name_of,
     problem_of,
-    size_problem,
     stream_records,
     unblock,
     write_records,

@@ -8,16 +8,15 @@ import torch
 
 from . import compat  # noqa: F401  (before llava)
 from .common import jsonl
+from .common.images import image_path, size_problem
 from .config import RunSettings, on_first_rank
 from .layout import pack
 from .records import (
     DataError,
     caption_of,
     hallucinated_captions,
-    image_path,
     list_records,
     name_of,
-    size_problem,
 )
 
 # isort: split

@@ -19,8 +19,6 @@ FORMAT = (
     'a LLaVA record: {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}'
 )
 _CHUNK = 1 << 20  # characters read at a time
-_MOST_PIXELS = 178_956_970  # where Pillow refuses an image as a decompression bomb
-_CROP = 336  # pixels; about the input of a vision tower
 _LONGEST = 1 << 26  # characters: a record that goes on for longer is a quote that was never closed
 
 
@@ -35,39 +33,6 @@ def unblock(pool):
     a thread that writes to a pipe which nobody reads any more."""
     if queue := getattr(pool, "_call_queue", None):
         queue._reader.close()
-
-
-def unreadable(error):
-    """Why an image cannot be opened, in words, from what Pillow or the disk raised."""
-    return getattr(error, "strerror", None) or "not an image that Pillow reads, or a damaged one"
-
-
-def image_path(folder, image):
-    """Where a record's image lies: ``image`` below ``folder``.
-
-    Raises:
-        DataError: it leads outside, by ``..`` or as an absolute path; links are not followed here.
-    """
-    path = os.path.join(folder or "", image)
-    if ".." in image or os.path.isabs(image):
-        root = os.path.join(os.path.abspath(folder or ""), "")
-        if not os.path.abspath(path).startswith(root):
-            raise DataError(f"has the image {image!r}, which leads outside --image_folder {folder or '.'}")
-    return path
-
-
-def size_problem(width, height, pad):
-    """Why an image of so many pixels cannot be prepared as LLaVA does it, or None.
-
-    Before it is cut, it is scaled until its shorter side suits the vision tower, or with ``pad`` made a square of its
-    longer side: of an image of 30,000 x 1 pixels that makes millions or billions, though the file is small.
-    """
-    long, short = max(width, height), max(min(width, height), 1)
-    taken = long**2 if pad else _CROP**2 * long // short
-    if taken <= _MOST_PIXELS:
-        return None
-    how = "padded to a square" if pad else f"scaled to {_CROP} on its shorter side"
-    return f"of {width} x {height}, which is {taken:,} pixels when {how}"
 
 
 def hallucinated_captions(record):

@@ -197,11 +197,12 @@ def test_stock_llava_gives_the_same_tokens(checkpoint, loaded, questions, images
 
 def test_what_rows_are_padded_with_would_matter(loaded, questions, images):
     """Control: why a batch holds rows of one length. LLaVA pads on the right, and takes no mask where none is given."""
-    from hacl_llava.evaluation.answers import Answerer, _Images
+    from hacl_llava.common.images import Images
+    from hacl_llava.evaluation.answers import Answerer
 
     answerer = Answerer(loaded, "v1", 2)
     short, long = (answerer.prompt(Question("", "", text, {})) for text in (TEXTS[2], TEXTS[4]))
-    pixels, size, _ = _Images(questions, images, loaded.image_processor, loaded.model.config)[0]
+    pixels, size, _ = Images(images, [q.image for q in questions], loaded.image_processor, loaded.model.config)[0]
     pixels = torch.from_numpy(pixels)[None]
     alone = answerer.generate(short, pixels, [size], 12)
     padded = torch.zeros_like(long)

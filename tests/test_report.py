@@ -385,8 +385,8 @@ def test_gallery_is_balanced_seeded_and_says_how_it_was_drawn(tmp_path, two, pic
     (part,) = found["gallery"]
     assert "1 of the 1 that only plain got right and 4 of the 5 that only hacl got right" in part["drawn"]
     assert [e["right"] for e in part["entries"]] == ["plain"] + ["hacl"] * 4
-    assert part["entries"][0]["problem"] == "0.png: No such file or directory" and "no picture: 0.png" in page
-    assert "(no picture: 0.png: No such file or directory)" in markdown
+    assert part["entries"][0]["problem"] == "0.png: no such file." and "no picture: 0.png" in page
+    assert "(no picture: 0.png: no such file.)" in markdown
     shown = [e for e in part["entries"] if e["picture"]]
     assert all((tmp_path / "out" / e["picture"]).read_bytes().startswith(b"\xff\xd8") for e in shown)
     assert page.count("data:image/jpeg;base64,") == len(shown) >= 3

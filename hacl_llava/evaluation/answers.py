@@ -8,41 +8,18 @@ import os
 import sys
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..chat import generation_settings, open_image, prompt_ids, say
+from ..chat import generation_settings, prompt_ids, say
+from ..common.images import Images
 from ..config import HaclError
-from .journal import Answer, image_file
+from .journal import Answer
 
 # isort: split
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, conv_templates
-from llava.mm_utils import process_images
 
 WAITING = 8  # batches' worth of images that wait for others of their kind at most
-
-
-class _Images(Dataset):
-    """(pixels as numpy, (width, height), None) of each question, or (None, None, what is wrong).
-
-    Numpy goes through a pipe: tensors would go through shared memory, of which containers have little.
-    """
-
-    def __init__(self, questions, folder, processor, config):
-        self.questions, self.folder, self.processor, self.config = questions, folder, processor, config
-
-    def __len__(self):
-        return len(self.questions)
-
-    def __getitem__(self, index):
-        try:
-            image = open_image(str(image_file(self.folder, self.questions[index].image)))
-            pixels = process_images([image], self.processor, self.config)[0]
-        except HaclError as error:
-            return None, None, str(error)
-        except Exception as error:  # whatever a damaged or odd image does to a library: one item, not the run
-            return None, None, f"{self.questions[index].image}: cannot be processed ({type(error).__name__}: {error})."
-        return pixels.numpy(), image.size, None
 
 
 def _as_it_is(value):
@@ -118,7 +95,7 @@ class Answerer:
         Raises:
             HaclError: one row alone does not fit into the GPU's memory.
         """
-        data = _Images(questions, images, self.image_processor, self.model.config)
+        data = Images(images, [q.image for q in questions], self.image_processor, self.model.config)
         more = {"prefetch_factor": 4} if self.workers else {}
         loader = DataLoader(data, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is, **more)
         waiting = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..common import jsonl
 from ..common.files import locked, read_json, write_json, write_text
+from ..common.images import image_file
 from ..config import DataError, HaclError
 from ..hallucinate.command import whole
 from . import provenance
@@ -188,7 +189,6 @@ def _api_name(model):
 
 def _check_images(tasks, folder):
     """Refuse a wrong image folder before minutes of loading."""
-    from .journal import image_file
 
     if not any(task.pending() for task in tasks):
         return

@@ -5,10 +5,10 @@ import io
 import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
+from ..common.images import image_file, open_image
 from ..config import HaclError
 from ..hallucinate.api import FAILED_IN_A_ROW, Connection
-from ..records import unreadable
-from .journal import Answer, image_file
+from .journal import Answer
 
 RETRIES = 6  # of the openai package, with its own pauses or those that the endpoint asks for
 LARGEST_IMAGE = 10_000_000  # bytes sent as they are
@@ -159,15 +159,12 @@ def data_uri(folder, name):
     from PIL import Image
 
     path = image_file(folder, name)
-    try:
-        data = path.read_bytes()
-        image = Image.open(io.BytesIO(data))
-        kind = image.format
-        image.load()  # a damaged one is seen here, not at the endpoint
-        if kind not in ("JPEG", "PNG") or len(data) > LARGEST_IMAGE:
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=95)
-            kind, data = "JPEG", buffer.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HaclError(f"{path}: cannot be opened ({unreadable(error)}).") from None
+    image = open_image(path)  # a damaged one is seen here, not at the endpoint
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as stored:
+        kind = stored.format
+    if kind not in ("JPEG", "PNG") or len(data) > LARGEST_IMAGE:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=95)
+        kind, data = "JPEG", buffer.getvalue()
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"

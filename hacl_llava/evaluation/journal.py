@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -25,27 +24,6 @@ class Answer(NamedTuple):
     text: str | None = None
     error: str | None = None
     tokens: tuple = ()
-
-
-def image_file(folder, name):
-    """The path of a question's image.
-
-    Args:
-        folder: the image folder. name: relative to it. Links are followed: data sets are often made of them.
-
-    Raises:
-        HaclError: the name leads out of the folder, or there is no such file.
-    """
-    if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
-        raise HaclError(f"{name!r}: leads out of the image folder {folder}, so it is not opened.")
-    path = Path(folder, name)
-    try:
-        found = path.is_file()
-    except (OSError, ValueError):
-        found = False
-    if not found:
-        raise HaclError(f"{path}: no such file.")
-    return path
 
 
 def digest_of(folder):

@@ -12,8 +12,7 @@ import io
 import re
 import warnings
 
-from ..config import HaclError
-from ..records import unreadable
+from ..common.images import open_image
 
 _LONGEST = 1500  # characters of an answer that are shown
 
@@ -42,19 +41,16 @@ def thumbnail(path, side=320):
     """
     from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(path).convert("RGB")  # not turned by EXIF: as the model saw it
-        times = side // max(image.size)
-        if times > 1:
-            image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-        image.thumbnail((side, side))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=88, subsampling=0)
-        return file.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HaclError(unreadable(error)) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = open_image(path)  # as the model saw it
+    times = side // max(image.size)
+    if times > 1:
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=88, subsampling=0)
+    return file.getvalue()
 
 
 _STYLE = """

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ..common.files import write_bytes, write_json, write_text
+from ..common.images import image_file
 from ..config import HaclError
 from . import provenance
 from .charts import curve_of, draw_curves, draw_evaluation, lines_of
@@ -429,13 +430,12 @@ def _gallery(runs, pairs, output, args):
                 try:
                     if not isinstance(entry.get("image"), str):
                         raise HaclError("the item names no image")
-                    if os.path.isabs(entry["image"]) or os.path.normpath(entry["image"]).split(os.sep)[0] == "..":
-                        raise HaclError("leads out of the image folder, so it is not opened")
-                    picture = thumbnail(os.path.join(str(folder), entry["image"]))
+                    picture = thumbnail(image_file(str(folder), entry["image"]))
                     entry["picture"] = f"gallery-{number:02}.jpg"
                     write_bytes(output / entry["picture"], picture)
                 except HaclError as error:
-                    entry["problem"] = f"{entry.get('image')}: {error}"
+                    where = os.path.join(str(folder), str(entry.get("image")))  # not for a page that is handed on
+                    entry["problem"] = f"{entry.get('image')}: {str(error).removeprefix(f'{where}: ')}"
             parts.append({"a": a.name, "b": b.name, "drawn": drawn, "entries": entries})
     return parts
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import compat  # noqa: F401  (before llava)
-from ..chat import open_image
 from ..checkpoint import is_whole, local_folder, read_json
 from ..common.files import atomic
+from ..common.images import Images
 from ..config import HaclConfig, HaclError
 from ..data import tokenize_caption
 from ..loading import load_pretrained
@@ -43,7 +43,7 @@ from .answers import alive
 from .journal import digest_of
 
 # isort: split
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import tokenizer_image_token
 
 _FORMAT = 1  # of the files; another one is made anew
 _LISTED = 1000  # names of skipped records that are kept; all are counted
@@ -191,23 +191,6 @@ def _sizes(files):
 # --- one checkpoint ---------------------------------------------------------------------------------------------------
 
 
-class _Images(Dataset):
-    """(row, pixels, size) of each image, or (row, reason, None) where it cannot be read; as numpy: see `answers`."""
-
-    def __init__(self, paths, processor, config):
-        self.paths, self.processor, self.config = paths, processor, config
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, row):
-        try:
-            image = open_image(self.paths[row])
-            return row, process_images([image], self.processor, self.config)[0].numpy(), image.size
-        except Exception as error:  # of any kind: a processor meets images of 1 x 5000 points
-            return row, str(error) or type(error).__name__, None
-
-
 class Extractor:
     """Runs single sequences through a LLaVA model and takes the last layer's state, after the final norm, at EOS.
 
@@ -244,23 +227,23 @@ class Extractor:
         return states[torch.arange(len(states), device=states.device), end.to(states.device)].float().cpu()
 
     @torch.no_grad()
-    def images(self, paths, label=""):
+    def images(self, folder, names, label=""):
         """Represent images.
 
         Args:
-            paths: of the files. label: for the progress bar.
+            folder: of the images. names: their files in it. label: for the progress bar.
 
         Returns:
-            ``[N', D]`` float32, the rows of ``paths`` that they belong to, and {row: reason} of those left out.
+            ``[N', D]`` float32, the rows of ``names`` that they belong to, and {row: reason} of those left out.
         """
         found, rows, failed = [], [], {}
-        data = _Images(paths, self.processor, self.model.config)
-        workers = self.workers if len(paths) > 2 * self.batch_size else 0
+        data = Images(folder, names, self.processor, self.model.config)
+        workers = self.workers if len(names) > 2 * self.batch_size else 0
         loader = DataLoader(data, self.batch_size, collate_fn=list, num_workers=workers)
-        with tqdm(total=len(paths), desc=f"{label} images".strip(), unit="image") as bar:
-            for batch in alive(loader):
-                failed.update({row: reason for row, reason, size in batch if size is None})
-                good = [x for x in batch if x[2] is not None]
+        with tqdm(total=len(names), desc=f"{label} images".strip(), unit="image") as bar:
+            for first, batch in zip(range(0, len(names), self.batch_size), alive(loader)):
+                failed.update({first + k: reason for k, (_, _, reason) in enumerate(batch) if reason})
+                good = [(first + k, pixels, size) for k, (pixels, size, reason) in enumerate(batch) if not reason]
                 if good:
                     pixels = [torch.from_numpy(p).to(self.device, self.model.dtype) for _, p, _ in good]
                     if pixels[0].ndim == 3:
@@ -316,7 +299,7 @@ def extract(loaded, items, images, visual_bos=True, batch_size=16, workers=0, la
         HaclError: a representation is not finite.
     """
     extractor = Extractor(loaded, visual_bos, batch_size, workers)
-    e_v, rows, failed = extractor.images([os.path.join(images, item.image) for item in items], label)
+    e_v, rows, failed = extractor.images(images, [item.image for item in items], label)
     kept = [items[row] for row in rows]
     texts = [item.caption for item in kept] + [text for item in kept for text in item.hallucinated]
     states = extractor.texts(texts, label) if texts else e_v
