@@ -75,6 +75,7 @@ def locked(path: str | os.PathLike, what: str, hint: str) -> Iterator[None]:
     lock = FileLock(path, is_singleton=True)
     try:
         os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
+        open(path, "a").close()  # says what the disk says, where filelock would take it for a lock that is held
         lock.acquire(timeout=0)
         Path(path).write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
     except Timeout:
