@@ -118,3 +118,5 @@ def test_several_processes_append_to_one_file(tmp_path):
         file.write('{"a"')  # killed in the middle of a line
     jsonl.append(path, [{"a": 2}, {"a": 3}])
     assert list(jsonl.read(path)) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    jsonl.append(path, [{"id": float("nan"), "a": [float("inf"), "é\ud800"]}])  # as a bad record may have it
+    assert list(jsonl.read(path))[3:] == [{"id": None, "a": [None, "é\ud800"]}]

@@ -47,14 +47,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a json file so that it appears whole or not at all; nan and infinity become null."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _finite(value):
+def finite(value: Any) -> Any:
+    """A json value with null in place of nan and infinity, which json does not have."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if hasattr(value, "item"):  # numpy's and torch's scalars
         value = value.item()
     return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value

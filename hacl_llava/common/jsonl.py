@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..config import DataError, HaclError
-from .files import write_text
+from .files import finite, write_text
 
 SYNC_EVERY = 5  # seconds between writes to the disk itself: what a power cut may cost; a kill costs nothing
 _SHOWN, _SURE = 3, 9  # damaged lines named; bytes by which a header that a kill has cut is known from a foreign file
 
 
 def dumps(value: Any) -> bytes:
-    """A value as one line; half of a surrogate pair is written as json's escape of it."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    """A value as one line; half of a surrogate pair is written as json's escape of it, nan and infinity as null."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # a bad record's id may be anything that Python reads as json
+        text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def write(path: str | os.PathLike, values: Iterable) -> None:

@@ -1,4 +1,4 @@
-"""The files that an evaluation writes as it goes, and goes on from after a kill; and where its images lie."""
+"""The files that an evaluation writes as it goes, and goes on from after a kill."""
 
 import hashlib
 import json
