@@ -35,6 +35,7 @@ setup(
         "protobuf",  # transformers reads tokenizer.model with it
         "einops>=0.6.1",  # LLaVA's stack has it; its MPT model imports it
         "safetensors>=0.4",  # the heads' file
+        "pyyaml",  # the prompt file; transformers brings it
         "filelock",  # one run at a time in a folder; torch brings it
         "pillow",  # LLaVA's dataset, the miniature's renderer
         "requests",  # llava.mm_utils and llava.utils import it

@@ -32,19 +32,22 @@ class OpenAIServer:
     call. Behaviours: "ok"; "slow" (good, half a second late); "<status>" or "<status>:<Retry-After>"; "hang"; "reset";
     "drip" (a byte now and then); "body" (JSON of the body cut off), "html"; "cut", "length" (its message too),
     "empty" (no choices), "schema" (another form), "null", "refusal", "sorry", "filter", "chatter", "fence", "unicode",
+    "thinks" (reasons first, with drafts), "thoughts" (reasons, and is cut off),
     "same" (the caption itself), "few" (one too few), "no-usage"; "quota", "policy", "bad" (a 400), "echo-key" (a 500
     that holds the key), "tokens" (a 400 unless max_completion_tokens is used).
     ``latency``: seconds before each answer. ``formats``: the response formats taken. ``models``: those known.
+
+    ``responses``: in place of all that, a function of the body to a completion, or to (status, JSON or bytes).
 
     ``log``: a dict for each request: caption, time, path, body, sent (whether a good answer was sent in full).
     ``most``: the most completions in flight at once.
     """
 
     def __init__(self, plan=None, latency=0.0, key=KEY, formats=("json_schema", "json_object", "text"), models=("m",),
-                 hang=30.0):  # fmt: skip
+                 hang=30.0, responses=None):  # fmt: skip
         self.plan = {k: v if isinstance(v, str) else list(v) for k, v in (plan or {}).items()}
         self.latency, self.key, self.formats, self.models = latency, key, formats, models
-        self.hang, self.log = hang, []
+        self.hang, self.log, self.responses = hang, [], responses
         self.flying = self.most = 0
         self.lock, self.over = threading.Lock(), threading.Event()
 
@@ -77,6 +80,10 @@ class OpenAIServer:
 
     def respond(self, body):
         """The log's entry of a completion, and (status, headers, JSON or bytes, whether good), "hang" or "reset"."""
+        if self.responses:
+            got = self.responses(body)
+            status, data = got if isinstance(got, tuple) else (200, got)
+            return {"time": time.monotonic(), "behaviour": None}, (status, {}, data, False)
         text = body["messages"][-1]["content"]
         caption = json.JSONDecoder(strict=False).raw_decode(text.partition("Caption: ")[2])[0]
         kinds = re.findall(r"^\d+\. (\w+):", text, re.M)
@@ -144,6 +151,10 @@ class OpenAIServer:
                 content, finish = "", "content_filter"
             case "chatter":
                 content = f"Sure! [Here] is what {{you}} asked for:\n{good}\nLet me know (if {{more}} is needed)!"
+            case "thinks":
+                content = f"<think>{good.replace('caption', 'draft')} {{}} hm</think>\n{good}"
+            case "thoughts":
+                content, finish = f"<think>Perhaps {good}? But", "length"
             case "fence":
                 content = f"```json\n{good}\n```"
             case "unicode":

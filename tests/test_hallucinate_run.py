@@ -378,7 +378,6 @@ def refused_journal(folder, small, refused):
         (["--types", "colour"], "allowed are existence, attribute, quantity, location"),
         (["--types", "existence=0"], "every weight is 0"),
         (["--per-caption", "0"], "a whole number from 1"),
-        (["--length-ratio", "1.2", "1.4"], "MIN <= 1 <= MAX"),
         (["--source", "api"], "--source api needs --model"),
         (["--source", "local=0.5"], "vLLM, SGLang or Ollama: --source api --model NAME --base-url"),
         (["--model", "m"], "--model is for --source api"),
@@ -570,6 +569,9 @@ def test_killed_again_and_again_against_a_misbehaving_endpoint(tmp_path, monkeyp
         behaviours = {t: b if b in ("unicode", "fence") else [b] for t, b in behaviours.items()}
         return {**behaviours, **forever}
 
+    prompt = tmp_path / "prompt.yaml"
+    prompt.write_text("temperature: 0\nprice: [1, 1]\n")
+
     def command(server, out):
         more = [
             "--source",
@@ -580,10 +582,10 @@ def test_killed_again_and_again_against_a_misbehaving_endpoint(tmp_path, monkeyp
             server.base_url,
             "--workers",
             "4",
-            "--temperature",
-            "0",
+            "--prompt-file",
+            str(prompt),
         ]
-        return [*COMMAND, str(source), str(out), *more, "--price", "1", "1", "--report"]
+        return [*COMMAND, str(source), str(out), *more, "--report"]
 
     with OpenAIServer(plan(), latency=0.05) as server:
         began = time.monotonic()
@@ -652,7 +654,7 @@ def endpoint(monkeypatch):
         if name.lower().endswith("_proxy") or name.startswith("OPENAI_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("hacl_llava.hallucinate.api.BACKOFF", 0.02)
+    monkeypatch.setattr("hacl_llava.common.endpoint.BACKOFF", 0.02)
 
     def api(server, *more):
         return ["--source", "api", "--model", "m", "--base-url", server.base_url, "--workers", "4", *more]
@@ -682,8 +684,9 @@ def test_a_spending_cap_and_going_on(tmp_path, endpoint, capsys):
     )
     out = tmp_path / "out.json"
     with server_class() as server:
-        price = ["--price", "10", "10"]  # an answer of the server costs $ 0.0034
-        assert hallucinate(source, out, *api(server, *price, "--max-cost", "0.06")) == 1
+        prompt = tmp_path / "prompt.yaml"
+        prompt.write_text("price: [10, 10]\nmax_cost: 0.06\n")  # an answer of the server costs $ 0.0034
+        assert hallucinate(source, out, *api(server, "--prompt-file", prompt)) == 1
         said = capsys.readouterr()
         assert (
             "stopped early" in said.err
@@ -693,9 +696,10 @@ def test_a_spending_cap_and_going_on(tmp_path, endpoint, capsys):
         )
         first = len(server.log)
         assert 0 < first < 20 and sum("hallucinated_captions" in r for r in load(out)) == first
-        assert hallucinate(source, out, *api(server, *price, "--max-cost", "0.06")) == 1  # nothing more is spent
+        assert hallucinate(source, out, *api(server, "--prompt-file", prompt)) == 1  # nothing more is spent
         assert len(server.log) == first
-        assert hallucinate(source, out, *api(server, *price)) == 0
+        prompt.write_text("price: [10, 10]\n")
+        assert hallucinate(source, out, *api(server, "--prompt-file", prompt)) == 0
         assert len(server.log) == 40
     assert all(r["hallucinated_captions"] for r in load(out))
 
@@ -704,11 +708,13 @@ def test_failures_are_asked_again_by_the_same_command(tmp_path, endpoint, capsys
     server_class, api = endpoint
     texts = [f"a brown dog with number {i} runs over wet grass" for i in range(6)]
     source, out = write(tmp_path / "in.json", [record(i, t) for i, t in enumerate(texts)]), tmp_path / "out.json"
+    prompt = tmp_path / "prompt.yaml"
+    prompt.write_text("retries: 1\n")
     with server_class({texts[2]: ["500"] * 2}) as server:
-        assert hallucinate(source, out, *api(server, "--retries", "1")) == 1
+        assert hallucinate(source, out, *api(server, "--prompt-file", prompt)) == 1
         assert "1 failed; the same command asks" in capsys.readouterr().err
         assert sum("hallucinated_captions" in r for r in load(out)) == 5
-        assert hallucinate(source, out, *api(server, "--retries", "1")) == 0
+        assert hallucinate(source, out, *api(server, "--prompt-file", prompt)) == 0
         assert len(server.calls(texts[0])) == 1 and len(server.calls(texts[2])) == 3
     assert all(r["hallucinated_captions"] for r in load(out))
 
@@ -724,7 +730,7 @@ def test_wrong_key_and_unreachable_endpoint_keep_what_is_there(tmp_path, endpoin
         assert hallucinate(source, out, *api(server)) == 2
     said = capsys.readouterr()
     assert "OPENAI_API_KEY" in said.err and "sk-wrong-secret" not in said.err + said.out
-    assert hallucinate(source, out, *api(server, "--retries", "0")) == 2  # the server is gone
+    assert hallucinate(source, out, *api(server)) == 2  # the server is gone
     assert "reach" in capsys.readouterr().err and out.read_bytes() == before
     assert sum(not e.get("failed") for e in journal(out)) == 3
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -735,17 +741,18 @@ def test_wrong_key_and_unreachable_endpoint_keep_what_is_there(tmp_path, endpoin
 def test_prompt_and_examples_reach_the_model(tmp_path, endpoint):
     server_class, api = endpoint
     source = write(tmp_path / "in.json", [record(0, "a brown dog with number 0 runs over wet grass")])
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text("Make it wrong.")
-    examples = tmp_path / "examples.jsonl"
-    examples.write_text('{"caption": "a cat", "hallucinated_caption": "a tiger", "kind": "existence"}\n')
+    prompt, example = (
+        tmp_path / "prompt.yaml",
+        '{"caption": "a cat", "hallucinated_caption": "a tiger", "kind": "existence"}',
+    )
+    prompt.write_text(f"prompt: Make it wrong.\nexamples: [{example}]\n")
     with server_class() as server:
-        more = ["--prompt-file", prompt, "--examples", examples, "--types", "location"]
+        more = ["--prompt-file", prompt, "--types", "location"]
         assert hallucinate(source, tmp_path / "out.json", *api(server), *more) == 0
         messages = server.log[0]["body"]["messages"]
         assert messages[0] == {"role": "system", "content": "Make it wrong."}
         assert "a tiger" in messages[2]["content"] and "location" in messages[-1]["content"]
-        prompt.write_text("Make it very wrong.")
+        prompt.write_text(f"prompt: Make it very wrong.\nexamples: [{example}]\n")
         assert hallucinate(source, tmp_path / "out.json", *api(server), *more) == 2  # another prompt, another run
         assert len(server.log) == 1
 
@@ -758,7 +765,7 @@ def files(tmp_path, endpoint, monkeypatch):
     """(source, texts, arguments without an endpoint, write(out) -> requests, read(out, lines, name) -> status)."""
     texts = [f"a brown dog with number {i} runs over wet grass" for i in range(40)]
     source = write(tmp_path / "in.json", [record(i, t) for i, t in enumerate(texts)])
-    args = ["--source", "api", "--model", "m", "--temperature", "0", "--per-caption", "2"]
+    args = ["--source", "api", "--model", "m", "--per-caption", "2"]
     monkeypatch.delenv("OPENAI_API_KEY")  # neither is needed for files
 
     def requests(out, name="requests.jsonl", *more):
@@ -852,7 +859,8 @@ def test_requests_of_many_captions_go_into_several_files(tmp_path, files, monkey
     parts = [first, *((tmp_path / f"requests-{n}.jsonl").read_text() for n in (2, 3))]
     assert [len(p.splitlines()) for p in parts] == [16, 16, 8]
     assert "40 requests: " in capsys.readouterr().out
-    more = ("--price", "1", "1", "--max-cost", "0.01", "--restart")
+    (tmp_path / "prompt.yaml").write_text("price: [1, 1]\nmax_cost: 0.01\n")
+    more = ("--prompt-file", tmp_path / "prompt.yaml", "--restart")
     requests(tmp_path / "out.json", "few.jsonl", *more)
     assert "stopped by the spending cap" in capsys.readouterr().err
     assert 0 < len((tmp_path / "few.jsonl").read_text().splitlines()) < 16

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..common import jsonl
 from ..common.files import locked, read_json, write_json, write_text
@@ -167,17 +168,11 @@ def _check(args, tasks):
         raise HaclError(f"--images {args.images}: is no folder; give the one that the questions' images lie in.")
     if not args.mmhal:
         return None
-    from .endpoint import Endpoint
+    from ..common.endpoint import Endpoint
     from .mmhal import read_rubric
 
-    judge = Endpoint(
-        args.judge[4:],
-        args.judge_base_url or args.base_url,
-        args.judge_key_env or args.key_env,
-        concurrency=args.concurrency,
-    )
-    judge.rubric = read_rubric(args.mmhal_rubric)
-    return judge
+    url, key_env = args.judge_base_url or args.base_url, args.judge_key_env or args.key_env
+    return _Judge(Endpoint(args.judge[4:], url, key_env, concurrency=args.concurrency), read_rubric(args.mmhal_rubric))
 
 
 def _api_name(model):
@@ -266,14 +261,22 @@ class _Checkpoint:
 
 class _Api:
     def __init__(self, args):
-        from .endpoint import Endpoint
+        from ..common.endpoint import Endpoint
 
         self.name = args.model
         self.endpoint = Endpoint(_api_name(args.model), args.base_url, args.key_env, concurrency=args.concurrency)
         self.settings = {"model": args.model, "base_url": self.endpoint.url}
 
     def load(self):
-        return self.endpoint
+        from .endpoint import EndpointAnswerer
+
+        self.endpoint.known = self.answered
+        return EndpointAnswerer(self.endpoint)
+
+
+class _Judge(NamedTuple):
+    endpoint: Any
+    rubric: Any
 
 
 def _short_name(model):
@@ -320,7 +323,9 @@ def main(args):
             try:
                 for task in tasks:
                     if task.pending():
-                        model = model or source.load()
+                        if model is None:
+                            source.answered = any("text" in line for t in tasks for line in t.journal.lines.values())
+                            model = source.load()
                         settings = {**source.settings, **task.settings}
                         check_settings(task.folder / "settings.json", settings)
                         task.folder.mkdir(exist_ok=True)
@@ -398,12 +403,12 @@ def _finish(task, name, judge, args):
     counts |= {n: v for n, v in sums.items() if n not in counts}
     result = {"task": task.name, "kind": task.module.NAME, "model": name, "metrics": metrics, "counts": counts}
     if task.judged:
-        result["judge"] = {"name": judge.model, "url": judge.url, "rubric": judge.rubric.name}
+        result["judge"] = {"name": judge.endpoint.model, "url": judge.endpoint.url, "rubric": judge.rubric.name}
         result["judge"]["rubric_sha256"] = _digest(judge.rubric)
     settings = read_json(task.folder / "settings.json")
     settings |= task.scored_by
     if "judge" in result:
-        settings |= {"judge": judge.model, "rubric": judge.rubric.name}
+        settings |= {"judge": judge.endpoint.model, "rubric": judge.rubric.name}
     result |= {"images": os.path.abspath(args.images), "settings": settings, "provenance": provenance(args.seed)}
     jsonl.write(task.folder / "items.jsonl", items)
     write_json(task.folder / "results.json", result)
@@ -421,10 +426,11 @@ def _judge(task, judge):
     """
     from tqdm import tqdm
 
-    from .endpoint import NotAnswered, concurrently
+    from ..common.endpoint import NotAnswered
     from .journal import Answers
 
-    who = {"judge": judge.model, "url": judge.url, "rubric": _digest(judge.rubric)}
+    endpoint = judge.endpoint
+    who = {"judge": endpoint.model, "url": endpoint.url, "rubric": _digest(judge.rubric)}
     journal = Answers(task.folder / "judgements.jsonl", "question_id", "judge", "url", "rubric", "answer")
     answers = {q.id: task.journal.lines.get(q.id, {}).get("text") for q in task.asked}
 
@@ -432,12 +438,13 @@ def _judge(task, judge):
         return (question.id, *who.values(), answers[question.id])
 
     def one(question):
-        ask = functools.partial(judge.ask, max_tokens=JUDGEMENT)
-        try:  # what is no verdict was asked for again by then, and so was what failed on the way
+        ask = functools.partial(endpoint.ask, max_tokens=JUDGEMENT)
+        try:
             return {"verdict": task.module.score_with(question, answers[question.id], ask, judge.rubric)}
-        except (NotAnswered, task.module.NoVerdict) as error:
+        except task.module.NoVerdict as error:  # it was asked for again by then
             return {"error": f"no verdict from the judge: {error}"}
 
+    endpoint.known = any("verdict" in line for line in journal.lines.values())
     asked = [q for q in task.asked if answers[q.id] is not None]
     todo = [q for q in asked if "verdict" not in journal.lines.get(key(q), ())]
     failed = 0
@@ -445,7 +452,9 @@ def _judge(task, judge):
         with tqdm(
             total=len(asked), initial=len(asked) - len(todo), desc=f"judging {task.name}", file=sys.stderr
         ) as bar:
-            for question, verdict in concurrently(one, todo, judge.concurrency):
+            for question, verdict in endpoint.each(one, todo):
+                if isinstance(verdict, NotAnswered):
+                    verdict = {"error": f"no verdict from the judge: {verdict}"}
                 line = {"question_id": question.id, **who, "answer": answers[question.id], **verdict}
                 journal.append(line)
                 if "error" in verdict:

@@ -12,10 +12,14 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+from ..common.endpoint import is_completion, is_refusal
 from ..config import HaclError
-from .api import POLICY, Asking, is_completion
-from .prompts import REFUSED, Work
+from . import Answer, Item
+from .api import Asking
+from .choice import REFUSED, Work
 from .run import AGAIN
 
 MOST_REQUESTS, LARGEST_FILE = 50_000, 190_000_000  # of one file; OpenAI takes 50,000 requests and 200 MB
@@ -28,7 +32,9 @@ def run_id(header: dict) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def write_requests(asking: Asking, items, path: str, run: str, tries) -> tuple[list[str], int]:
+def write_requests(
+    asking: Asking, items: Iterable[Item], path: str, run: str, tries: Mapping[int, int]
+) -> tuple[list[str], int]:
     """Write a request for each item.
 
     Args:
@@ -60,7 +66,9 @@ def write_requests(asking: Asking, items, path: str, run: str, tries) -> tuple[l
                     "method": "POST",
                     "url": "/v1/chat/completions",
                 }
-                line = json.dumps({**request, "body": asking.body(work)}, ensure_ascii=False)
+                body = {"model": asking.model, **asking.body(work)}
+                body["max_completion_tokens"] = body.pop("max_tokens")  # OpenAI's models of today take it, and vLLM
+                line = json.dumps({**request, "body": body}, ensure_ascii=False)
                 line = line.encode("utf-8", "replace") + b"\n"
                 if file is None or inside == MOST_REQUESTS or size + len(line) > LARGEST_FILE:
                     name = f"{stem}-{len(files) + 1}{ending}" if files else path
@@ -92,12 +100,12 @@ class ResultFiles(Asking):
         HaclError: a file cannot be read, or is of another run; from ``answers``: all results are one error.
     """
 
-    def __init__(self, *, paths, run, tries, **settings):
-        super().__init__(**settings)
+    def __init__(self, paths: Iterable[str], run: str, tries: Mapping[int, int], **more: Any):
+        super().__init__(**more)
         self.paths, self.run, self.tries = list(paths), run, tries
         self.lines, self.errors, self.damaged = 0, Counter(), []
 
-    def answers(self, items):
+    def answers(self, items: Iterable[Item]) -> Iterator[Answer]:
         """Yields an `Answer` for each item that the results tell something about."""
         self.stopped = None
         with contextlib.ExitStack() as stack:
@@ -158,7 +166,7 @@ class ResultFiles(Asking):
                 continue
             said = reply.get("error") or (isinstance(body, dict) and (body.get("error") or body)) or "no answer"
             text = json.dumps(said)
-            refused = refused or (status in (400, 403, 422) and bool(POLICY.search(text)))
+            refused = refused or is_refusal(status, said)
             message = said.get("message") if isinstance(said, dict) else said
             self.errors[f"{status or 'error'}: {' '.join(str(message or text).split())[:200]}"] += 1
         return [found[key] for key in sorted(found)] or (REFUSED if refused else [])

@@ -2,11 +2,17 @@
 
 import hashlib
 import json
+import math
+import os
 import re
-from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 
+from ..common.files import read_text
 from ..config import HaclError
-from . import KINDS, Answer, Item
+from . import KINDS, Item
+from .checks import RATIO
 
 # Quoted from "Hallucination Augmented Contrastive Learning for Multimodal Large Language Model" (arXiv 2312.06968), so
 # that captions made with it compare with the paper's.
@@ -28,11 +34,6 @@ EXPLAINED = {
     "location": "change where something is, or how things stand to each other",
 }
 
-REFUSED = "refused by the model"
-REFUSAL = re.compile(
-    r"\W*(I['’]m |I am )?(sorry\b|unable to|not able to|I can(['’]t|not) |I won['’]t |as an AI )", re.I
-)
-
 # The answer's form, as strict structured output takes it: every property required, no other allowed.
 SCHEMA = {
     "type": "object",
@@ -50,6 +51,11 @@ SCHEMA = {
     "required": ["captions"],
     "additionalProperties": False,
 }
+FORMATS = {  # names of `Settings.response_format`
+    "schema": {"type": "json_schema", "json_schema": {"name": "captions", "strict": True, "schema": SCHEMA}},
+    "json": {"type": "json_object"},
+    "text": None,
+}
 
 
 def _quoted(value):
@@ -64,10 +70,10 @@ class Prompt:
     as earlier turns.
     """
 
-    def __init__(self, system=PAPER_PROMPT, examples=()):
+    def __init__(self, system: str = PAPER_PROMPT, examples: Iterable[Mapping[str, str]] = ()):
         self.system, self.examples = system, tuple(examples)
 
-    def messages(self, item, avoid=()):
+    def messages(self, item: Item, avoid: Iterable[str] = ()) -> list[dict[str, str]]:
         """The messages that ask for one caption per kind in ``item.wanted``; ``avoid``: texts not to be given again."""
         turns = [("system", self.system)]
         for example in self.examples:
@@ -92,7 +98,7 @@ class Prompt:
         lines.append(f"Answer with JSON only, in this form: {_quoted(form)}")
         return "\n".join(lines)
 
-    def digest(self):
+    def digest(self) -> str:
         """16 hex digits that change with the prompt, the examples or the form of the request."""
         sample = Item(0, "", "a caption", ("another",), KINDS)
         return hashlib.sha256(json.dumps(self.messages(sample, ["a text"])).encode()).hexdigest()[:16]
@@ -102,17 +108,17 @@ class Prompt:
 _PLAIN = re.compile(r'^\s*(?:\d+[.)]|[-*•](?!\*))?\s*(?:[\w ]{0,30}caption\s*:)?\s*"?(.*?)"?\s*$', re.IGNORECASE)
 
 
-def parse(text, item):
+def parse(text: str, item: Item) -> list[tuple[str, str]]:
     """The (kind, caption) pairs in a model's answer to ``item``, white space made single.
 
     Read are the form asked for, a bare list of its entries, and a list of strings (of the kinds wanted, in order), with
-    reasoning, code fences or other text around; and, from models that know no JSON, just as many lines as are wanted.
+    code fences or other text around; and, from models that know no JSON, just as many lines as are wanted.
     Entries that are of no use are left out.
 
     Raises:
         ValueError: nothing usable; the message is a short reason.
     """
-    text = text.rsplit("</think>", 1)[-1].rstrip()
+    text = text.rstrip()
     values, at, reason = [], 0, "it holds no JSON" if text else "it is empty"
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) == len(item.wanted) + 1 and lines[0].rstrip().endswith(":"):
@@ -160,99 +166,108 @@ def _entries(value, item):
     return found
 
 
-class Work:
-    """What is known of one item so far: captions taken, candidates refused, tokens paid."""
-
-    def __init__(self, item):
-        self.item, self.got, self.refused = item, [], []
-        self.rejected, self.usage, self.reserved = Counter(), Counter(), Counter()
-        self.attempt = self.cut = self.failures = 0
-        self.reason, self.unread = None, False
-
-    def missing(self):
-        """The kinds still wanted; a caption of a kind that was not asked for fills the first place."""
-        left = list(self.item.wanted)
-        for kind, _ in self.got:
-            left.remove(kind if kind in left else left[0])
-        return tuple(left)
-
-    def read(self, text, checker):
-        """Take from a model's answer what passes the checks; True if it declines.
-
-        ``unread`` says afterwards whether nothing could be read, ``reason`` why something is still missing.
-        """
-        wanted, candidates = self.missing(), []
-        try:
-            candidates = parse(text, self.item._replace(wanted=wanted))
-        except ValueError as error:
-            self.reason = f"no usable answer: {error}"
-        self.unread = not candidates
-        # Captions of photo sites do start with "I can't believe"; then so do their rewrites.
-        if all(REFUSAL.match(t) for t in [t for _, t in candidates] or [text]) and not REFUSAL.match(self.item.caption):
-            self.reason = REFUSED
-            return True
-        if candidates:
-            self._check(wanted, candidates, checker)
-        return False
-
-    def _check(self, wanted, candidates, checker):
-        # those of a kind wanted come first
-        self.reason = "the model gave too few"
-        for kind, text in sorted(candidates, key=lambda c: c[0] not in wanted):
-            if not self.missing():
-                break
-            problem = checker.problem(self.item, text, tuple(t for _, t in self.got))
-            if problem:
-                self.rejected[problem] += 1
-                self.refused.append(text)
-                self.reason = "every other candidate was rejected" if self.got else "every candidate was rejected"
-            else:
-                self.got.append((kind, text))
-
-    def answer(self, reason=None, failed=False):
-        got, wanted = len(self.got), len(self.item.wanted)
-        reason = None if got == wanted else reason or self.reason
-        reason = f"{got} of {wanted}: {reason}" if got and reason else reason
-        captions, usage = tuple(self.got), dict(self.usage)
-        return Answer(self.item.index, captions, reason, failed and not got, dict(self.rejected), usage)
+# ---- the prompt file
 
 
-def _read(path, what):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
-        raise HaclError(f"{path}: cannot be read ({error.strerror}); give {what}.") from None
-    except UnicodeDecodeError as error:
-        raise HaclError(f"{path}: is not UTF-8 text (byte {error.start}); give {what}.") from None
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a prompt file (YAML or JSON); a prompt file of plain text is the ``prompt`` alone.
 
+    Raises:
+        HaclError: a value that is not allowed.
+    """
 
-def read_prompt(path):
-    """The system prompt in a text file. HaclError if there is none."""
-    text = _read(path, "a text file that holds the system prompt").strip()
-    if not text:
-        raise HaclError(f"{path}: is empty; write the system prompt into it, or leave it out for the paper's.")
-    return text
+    prompt: str = PAPER_PROMPT  # the system prompt
+    examples: tuple = ()  # {"caption", "hallucinated_caption", "kind"}, shown to the model as earlier turns
+    temperature: float = 1.0  # of sampling
+    attempts: int = 3  # for each caption, until checks pass
+    max_output_tokens: int | None = None  # of one answer; None: by the caption's length
+    response_format: str = "schema"  # of `FORMATS`; what the endpoint does not take is left for the next
+    length_ratio: tuple = RATIO  # smallest and largest number of tokens, as a share of the caption's
+    key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    timeout: float = 60.0  # seconds for one request
+    retries: int = 6  # of a request after 429, 5xx, a time-out
+    requests_per_minute: float | None = None  # sent at most; None: no limit but the endpoint's
+    price: tuple | None = None  # dollars per million tokens, (input, output), for the cost shown
+    max_cost: float | None = None  # dollars, not to be passed over all starts of a run
 
-
-def read_examples(path):
-    """The examples in a jsonl file, as `Prompt` takes them. HaclError names the line of a bad one."""
-    keys, examples = ("caption", "hallucinated_caption", "kind"), []
-    for n, line in enumerate(_read(path, "a jsonl file of examples").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise HaclError(f"{path}, line {n}: is not JSON ({error}); write one object a line.") from None
-        found = [record.get(key) for key in keys] if isinstance(record, dict) else []
-        if not found or not all(isinstance(value, str) and value.strip() for value in found):
+    def __post_init__(self):
+        for name, allowed, right in (
+            ("prompt", "a text", lambda v: isinstance(v, str) and v.strip()),
+            ("temperature", "a number from 0", lambda v: _number(v) and v >= 0),
+            ("attempts", "a whole number from 1", lambda v: _whole(v) and v >= 1),
+            ("max_output_tokens", "a whole number from 1", lambda v: v is None or _whole(v) and v >= 1),
+            ("response_format", f"one of {', '.join(FORMATS)}", lambda v: isinstance(v, str) and v in FORMATS),
+            ("length_ratio", "[MIN, MAX] with 0 <= MIN <= 1 <= MAX", lambda v: _pair(v) and 0 <= v[0] <= 1 <= v[1]),
+            ("key_env", "the name of a variable", lambda v: isinstance(v, str) and v.strip()),
+            ("timeout", "a number of seconds above 0", lambda v: _number(v) and v > 0),
+            ("retries", "a whole number from 0", lambda v: _whole(v) and v >= 0),
+            ("requests_per_minute", "a number above 0", lambda v: v is None or _number(v) and v > 0),
+            ("price", "[INPUT, OUTPUT], numbers from 0", lambda v: v is None or _pair(v) and min(v) >= 0),
+            ("max_cost", "a number from 0", lambda v: v is None or _number(v) and v >= 0),
+        ):
+            if not right(value := getattr(self, name)):
+                raise HaclError(f"{name} is {value!r}; allowed is {allowed}.")
+        if self.max_cost is not None and self.price is None:
             raise HaclError(
-                f"{path}, line {n}: needs a text under each of {', '.join(keys)}; got {line.strip()[:100]}."
+                f"max_cost is {self.max_cost}, but without a price nothing can be counted against it; give price too, "
+                "the dollars per million tokens of input and of output."
             )
-        if record["kind"] not in KINDS:
-            raise HaclError(f"{path}, line {n}: the kind is {record['kind']!r}, allowed is one of {', '.join(KINDS)}.")
-        examples.append({key: record[key] for key in keys})
-    if not examples:
-        raise HaclError(f"{path}: holds no example; write one JSON object a line, with {', '.join(keys)}.")
-    return examples
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pair(value):
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
+
+
+def read_settings(path: str | os.PathLike) -> Settings:
+    """Read a prompt file: ``.yaml``, ``.yml`` and ``.json`` hold `Settings` by name, any other the system prompt.
+
+    Raises:
+        HaclError: it cannot be read, or holds something that is not known or not allowed; the message names it.
+    """
+    text = read_text(path, "; give a text with the system prompt, or YAML with settings", HaclError)
+    if Path(path).suffix.lower() not in (".yaml", ".yml", ".json"):
+        if not text.strip():
+            raise HaclError(f"{path}: is empty; write the system prompt into it, or leave it out for the paper's.")
+        return Settings(prompt=text.strip())
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HaclError(f"{path}: is not YAML ({' '.join(str(error).split())}).") from None
+    known = [field.name for field in fields(Settings)]
+    if not isinstance(values, dict) or not values:
+        raise HaclError(f"{path}: holds no settings; write NAME: VALUE, one a line, of {', '.join(known)}.")
+    if unknown := [name for name in values if name not in known]:
+        raise HaclError(f"{path}: {unknown[0]!r} is no setting; known are {', '.join(known)}.")
+    try:
+        if isinstance(values.get("prompt"), str):
+            values["prompt"] = values["prompt"].strip()
+        for name in ("length_ratio", "price"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return Settings(**{**values, "examples": _examples(values.get("examples"))})
+    except HaclError as error:
+        raise HaclError(f"{path}: {error}") from None
+
+
+def _examples(values):
+    keys = ("caption", "hallucinated_caption", "kind")
+    if not isinstance(values or [], list):
+        raise HaclError(f"examples is {values!r}; allowed is a list of {', '.join(keys)}.")
+    for n, value in enumerate(values or (), 1):
+        found = [value.get(key) for key in keys] if isinstance(value, dict) else []
+        if not found or not all(isinstance(text, str) and text.strip() for text in found):
+            raise HaclError(f"example {n} needs a text under each of {', '.join(keys)}; got {str(value)[:100]}.")
+        if value["kind"] not in KINDS:
+            raise HaclError(f"example {n}: the kind is {value['kind']!r}, allowed is one of {', '.join(KINDS)}.")
+    return tuple({key: value[key] for key in keys} for value in values or ())
