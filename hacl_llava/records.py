@@ -6,6 +6,7 @@ The caption is the first answer of the conversation.
 """
 
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -19,6 +20,7 @@ FORMAT = (
     'a LLaVA record: {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}'
 )
 _CHUNK = 1 << 20  # characters read at a time
+_decode = json.JSONDecoder().raw_decode
 _LONGEST = 1 << 26  # characters: a record that goes on for longer is a quote that was never closed
 
 
@@ -136,65 +138,97 @@ def _packed(path):
         return file.read(2) == b"\x1f\x8b"
 
 
-def _stream(path, file):
-    text = file.read(_CHUNK)
-    at = len(text) - len(text.lstrip())
-    if not text.strip():
-        raise DataError(f"{path}: is empty, expected a list of LLaVA records.")
-    array = text[at] == "["
-    if not array and text[at] != "{":
-        raise DataError(f"{path}: begins with {text[at : at + 20]!r}, expected '[' (a list) or '{{' (json lines).")
-    decode, count, at, done = json.JSONDecoder().raw_decode, 0, at + array, False
-    while True:
-        # to the next value, over white space and one comma
-        comma = False
+class _Text:
+    """The text of a file from the place that is read, a chunk at a time."""
+
+    def __init__(self, path, file):
+        self.path, self.file, self.at = path, file, 0
+        self.text = file.read(_CHUNK)
+        self.over = not self.text  # the file is at its end
+
+    def fill(self):
+        """Read on, at least as much again as is left, and forget what is behind."""
+        more = self.file.read(max(_CHUNK, len(self.text) - self.at))
+        self.text, self.at, self.over = self.text[self.at :] + more, 0, not more
+
+    def peek(self):
+        """The next character that is no white space, "" at the end."""
         while True:
-            while at < len(text) and (text[at].isspace() or text[at] == "," and array and count and not comma):
-                comma = comma or text[at] == ","
-                at += 1
-            if at < len(text) or done:
-                break
-            text, at = file.read(_CHUNK), 0
-            done = not text
-        if at == len(text):
-            if array:
-                raise DataError(f"{path}: ends after record {count - 1}, without a ']': it looks truncated, cut off.")
-            break
-        if array and text[at] == "]":
-            rest = text[at + 1 :] + file.read(_CHUNK)
-            if rest.strip() or comma:
-                got = f"more text after its ']': {rest.strip()[:20]!r}" if rest.strip() else "a comma before its ']'"
-                raise DataError(f"{path}: has {got}; that is not one json list.")
-            break
-        if array and count and not comma:
-            raise DataError(f"{path}: no comma between record {count - 1} and what follows, {text[at : at + 20]!r}.")
+            while self.at < len(self.text) and self.text[self.at].isspace():
+                self.at += 1
+            if self.at < len(self.text) or self.over:
+                return self.text[self.at : self.at + 1]
+            self.fill()
+
+    def value(self, count):
+        """(its text, the json value) that begins here; ``count``: the number of its record, for messages."""
         while True:
             try:
-                value, end = decode(text, at)
-                whole = isinstance(value, (dict, list, str)) or text[end : end + 1] in (",", "]", " ", "\t", "\r", "\n")
-                if not whole and not done:  # of "0.5" only "0." may have been read
-                    raise json.JSONDecodeError("may go on", text, end)
-                break
+                value, end = _decode(self.text, self.at)
+                whole = isinstance(value, (dict, list, str)) or self.text[end : end + 1] in tuple(",] \t\r\n")
+                if not whole and not self.over:  # of "0.5" only "0." may have been read
+                    raise json.JSONDecodeError("may go on", self.text, end)
+                start, self.at = self.at, end
+                return self.text[start:end], value
             except json.JSONDecodeError as error:
-                unfinished = error.pos >= len(text) - 16 or "Unterminated" in error.msg
-                if done or not unfinished or len(text) - at > _LONGEST:
-                    where = " It looks truncated, cut off there." if done and unfinished else ""
+                unfinished = error.pos >= len(self.text) - 16 or "Unterminated" in error.msg
+                if self.over or not unfinished or len(self.text) - self.at > _LONGEST:
+                    where = " It looks truncated, cut off there." if self.over and unfinished else ""
                     raise DataError(
-                        f"{path}: record {count} is not valid json ({error.msg}: "
-                        f"{text[max(error.pos - 10, at) : error.pos + 20]!r}).{where}"
+                        f"{self.path}: record {count} is not valid json ({error.msg}: "
+                        f"{self.text[max(error.pos - 10, self.at) : error.pos + 20]!r}).{where}"
                     ) from None
-                more = file.read(max(_CHUNK, len(text) - at))
-                done = not more
-                text, at = text[at:] + more, 0
+                self.fill()
             except ValueError as error:  # an integer of thousands of digits
-                raise DataError(f"{path}: record {count} is not usable json ({error}).") from None
+                raise DataError(f"{self.path}: record {count} is not usable json ({error}).") from None
             except RecursionError:
-                raise DataError(f"{path}: record {count} is nested too deeply.") from None
-        yield text[at:end], value
-        count += 1
-        at = end
-    if not count:
+                raise DataError(f"{self.path}: record {count} is nested too deeply.") from None
+
+
+def _stream(path, file):
+    text = _Text(path, file)
+    first = text.peek()
+    if not first:
+        raise DataError(f"{path}: is empty, expected a list of LLaVA records.")
+    if first not in "[{":
+        got = text.text[text.at : text.at + 20]
+        raise DataError(f"{path}: begins with {got!r}, expected '[' (a list) or '{{' (json lines).")
+    values = _array(path, text) if first == "[" else _lines(text)
+    empty = True
+    for found in values:
+        empty = False
+        yield found
+    if empty:
         raise DataError(f"{path}: holds no records.")
+
+
+def _lines(text):
+    for count in itertools.count():
+        if not text.peek():
+            return
+        yield text.value(count)
+
+
+def _array(path, text):
+    text.at += 1  # over the [
+    for count in itertools.count():
+        mark = text.peek()
+        comma = bool(count) and mark == ","
+        if comma:
+            text.at += 1
+            mark = text.peek()
+        if not mark:
+            raise DataError(f"{path}: ends after record {count - 1}, without a ']': it looks truncated, cut off.")
+        if mark == "]":
+            rest = (text.text[text.at + 1 :] + text.file.read(_CHUNK)).strip()
+            if rest or comma:
+                got = f"more text after its ']': {rest[:20]!r}" if rest else "a comma before its ']'"
+                raise DataError(f"{path}: has {got}; that is not one json list.")
+            return
+        if count and not comma:
+            got = text.text[text.at : text.at + 20]
+            raise DataError(f"{path}: no comma between record {count - 1} and what follows, {got!r}.")
+        yield text.value(count)
 
 
 def with_captions(text, record, captions, kinds):

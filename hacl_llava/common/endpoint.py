@@ -367,43 +367,21 @@ class Endpoint:
                 What ``function`` or ``items`` raise. What is under way is finished and yielded before.
         """
         self._halt.clear()
-        items, todo, done = iter(items), queue.SimpleQueue(), queue.SimpleQueue()
-        threads, flying, row, held, more, fatal = 0, 0, 0, [], True, None
-
-        def work():
-            while (task := todo.get()) is not None:
-                try:
-                    done.put((*task, function(*task), None))
-                except BaseException as error:  # noqa: B036  (whatever it is: raised where it is looked for)
-                    done.put((*task, None, error))
-
+        items, threads, row, held, more, fatal = iter(items), _Threads(function), 0, [], True, None
         try:
             while True:
-                while more and fatal is None and flying < self.concurrency:
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        more = False
-                        break
-                    except Exception as error:
-                        fatal = error
-                        self._halt.set()
-                        break
-                    if item is None:
-                        if flying or not held:
-                            break
+                while more and threads.busy < self.concurrency:
+                    item, more, fatal = _next(items)
+                    if item is not None:
+                        threads.begin(item)
+                    elif more and not threads.busy and held:
                         held, released = [], held
                         yield from released
-                        continue
-                    todo.put((item,))
-                    flying += 1
-                    if threads < flying:  # daemons: Ctrl-C does not wait for an endpoint that hangs
-                        threading.Thread(target=work, daemon=True).start()
-                        threads += 1
-                if not flying:
+                    else:
+                        break
+                if not threads.busy:
                     break
-                item, result, error = done.get()
-                flying -= 1
+                item, result, error = threads.wait()
                 if error is None or isinstance(error, NotAnswered) and error.refused:
                     if not self._halt.is_set():
                         yield from held
@@ -415,18 +393,18 @@ class Endpoint:
                         yield item, error
                     else:
                         held.append((item, error))
-                    fatal = fatal or self._hopeless(row, flying, error)
+                    fatal = fatal or self._hopeless(row, threads.busy, error)
                 else:
                     fatal = fatal or error
                 if fatal is not None:
+                    more = False
                     self._halt.set()
             if not self._halt.is_set():
                 yield from held
         finally:
-            if flying:  # closed, or Ctrl-C: nobody is there any more for what is under way
+            if threads.busy:  # closed, or Ctrl-C: nobody is there any more for what is under way
                 self._halt.set()
-            for _ in range(threads):
-                todo.put(None)
+            threads.end()
         if fatal is not None:
             raise fatal
 
@@ -450,6 +428,51 @@ class Endpoint:
                 "again to go on."
             )
         return None
+
+
+def _next(items):
+    """(the next item or None, whether there may be more, what reading it raised or None)."""
+    try:
+        return next(items), True, None
+    except StopIteration:
+        return None, False, None
+    except Exception as error:
+        return None, False, error
+
+
+class _Threads:
+    """Calls a function in as many threads as it is begun at a time.
+
+    They are daemons: Ctrl-C does not wait for an endpoint that hangs, as it would for those of concurrent.futures.
+    """
+
+    def __init__(self, function):
+        self.function, self.busy, self.count = function, 0, 0
+        self.todo, self.done = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def begin(self, item):
+        self.todo.put((item,))
+        self.busy += 1
+        if self.count < self.busy:
+            threading.Thread(target=self._work, daemon=True).start()
+            self.count += 1
+
+    def _work(self):
+        while (task := self.todo.get()) is not None:
+            try:
+                self.done.put((*task, self.function(*task), None))
+            except BaseException as error:  # whatever it is: raised where it is waited for
+                self.done.put((*task, None, error))
+
+    def wait(self):
+        """(item, result, error) of the next that is through."""
+        found = self.done.get()
+        self.busy -= 1
+        return found
+
+    def end(self):
+        for _ in range(self.count):
+            self.todo.put(None)
 
 
 def _of_http(error):
