@@ -4,7 +4,6 @@ A bad endpoint ends each of the three with its cause, and leaves nothing that lo
 """
 
 import json
-import os
 import re
 
 import pytest
@@ -21,10 +20,7 @@ from hacl_llava.config import HaclError  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("OPENAI_"):
-            monkeypatch.delenv(name)
+def environment(to_endpoints, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(endpoint, "BACKOFF", 0.002)
 

@@ -41,10 +41,7 @@ class Picky:
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("OPENAI_"):
-            monkeypatch.delenv(name)
+def environment(to_endpoints, monkeypatch):
     monkeypatch.setenv("TEST_KEY", KEY)
     monkeypatch.setattr(endpoint, "BACKOFF", 0.02)
 

@@ -646,13 +646,10 @@ def test_killed_again_and_again_against_a_misbehaving_endpoint(tmp_path, monkeyp
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
+def endpoint(to_endpoints, monkeypatch):
     pytest.importorskip("openai")
     from openai_server import KEY, OpenAIServer
 
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("OPENAI_"):
-            monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("hacl_llava.common.endpoint.BACKOFF", 0.02)
 

@@ -1,6 +1,7 @@
-"""Hallucinated captions for LLaVA-format data: where they come from, how they are checked, the resumable run.
+"""Hallucinated captions for LLaVA-format data: candidates, checks, the choice among them, the resumable run.
 
-A source is an object with ``answers(items)``: it takes an iterable of `Item` and yields one `Answer` for each, in any
+Candidates come from `rules`, from a model behind an endpoint (`prompts`, `api`) or from files of its results (`batch`);
+`checks` refuses, `choice` takes, `run` keeps a journal and writes the file. A source is an object with ``answers(items)``: it takes an iterable of `Item` and yields one `Answer` for each, in any
 order, as each is ready; a source that has to stop early (a spending cap) yields fewer and says why in ``stopped``.
 """
 

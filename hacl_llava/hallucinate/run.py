@@ -113,8 +113,8 @@ class Survey:
         )
 
 
-class Answers:
-    """Answers on disk, one json line each, under a first line that says what they answer.
+class Journal:
+    """Journal on disk, one json line each, under a first line that says what they answer.
 
     Raises:
         HaclError: another run is writing it; it belongs to another input or other settings; the disk is full.
@@ -259,7 +259,7 @@ class Run:
 
     def open(self):
         """Take the journal, and with it the right to write."""
-        self.journal = Answers(self.journal_path, self.header, self.survey.records, self.restart)
+        self.journal = Journal(self.journal_path, self.header, self.survey.records, self.restart)
         return self.journal
 
     def wanted(self, index):
