@@ -1,7 +1,9 @@
 """Hallucinated captions for LLaVA-format data: candidates, checks, the choice among them, the resumable run.
 
 Candidates come from `rules`, from a model behind an endpoint (`prompts`, `api`) or from files of its results (`batch`);
-`checks` refuses, `choice` takes, `run` keeps a journal and writes the file. A source is an object with ``answers(items)``: it takes an iterable of `Item` and yields one `Answer` for each, in any
+`checks` refuses, `choice` takes, `run` keeps a journal and writes the file.
+
+A source is an object with ``answers(items)``: it takes an iterable of `Item` and yields one `Answer` for each, in any
 order, as each is ready; a source that has to stop early (a spending cap) yields fewer and says why in ``stopped``.
 """
 

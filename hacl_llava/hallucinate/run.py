@@ -114,7 +114,7 @@ class Survey:
 
 
 class Journal:
-    """Journal on disk, one json line each, under a first line that says what they answer.
+    """What the sources answered, one json line each, under a first line that says what they answer.
 
     Raises:
         HaclError: another run is writing it; it belongs to another input or other settings; the disk is full.
