@@ -40,6 +40,7 @@ setup(
         "pillow",  # LLaVA's dataset, the miniature's renderer
         "requests",  # llava.mm_utils and llava.utils import it
         "numpy",
+        "scipy>=1.10",  # intervals and exact tests
         "tqdm",
     ],
     extras_require={

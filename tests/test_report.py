@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from hacl_llava import cli
+from hacl_llava.common.statistics import holm
 from hacl_llava.config import HaclError
 from hacl_llava.evaluation import report
 from hacl_llava.evaluation.page import as_html, as_markdown, thumbnail
-from hacl_llava.evaluation.runs import draw_gallery, holm, parse_runs, read_run, verdict_of
+from hacl_llava.evaluation.runs import draw_gallery, parse_runs, read_run, verdict_of
 
 pytest.importorskip("matplotlib")
 NASTY = "a | b <script>alert(1)</script> `code` **bold** [x](http://x) $x^2$ 你好 🙂\n# no heading\n- \x00 & \ud800 \\|"
@@ -33,8 +34,8 @@ def item(identity, label, answer, image=None, question="Is there a dog?"):
 
 
 def write_task(folder, items, task="POPE coco random", images=".", kind="pope", **settings):
+    from hacl_llava.common.statistics import summarise
     from hacl_llava.evaluation import chair, pope
-    from hacl_llava.evaluation.statistics import summarise
 
     folder.mkdir(parents=True)
     metrics = summarise({"pope": pope, "chair": chair}.get(kind, pope).METRICS, items, samples=50)

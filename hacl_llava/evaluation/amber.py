@@ -30,10 +30,10 @@ import re
 from pathlib import Path
 
 from ..common.files import read_json, read_text
+from ..common.statistics import ratio
 from ..config import DataError
 from ..hallucinate.lexicon import DETERMINERS, NUMBER, PRONOUNS, TOKEN, lexicon, singulars
 from . import Question
-from .statistics import ratio
 
 NAME = "amber"
 SUFFIX = "\nAnswer the question using a single word or phrase."  # to yes/no questions only; LLaVA-1.5's, as for POPE

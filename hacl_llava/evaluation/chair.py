@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..common.files import read_lines, read_text
+from ..common.statistics import ratio
 from ..config import DataError
 from ..hallucinate.lexicon import lexicon, plural, singulars
 from . import Question
-from .statistics import ratio
 
 NAME = "chair"
 PROMPT = "Please describe this image in detail."  # this, 512 tokens and 500 images: chair_eval.py of OPERA (CVPR 2024)

@@ -74,7 +74,7 @@ class Task:
     """
 
     def __init__(self, module, name, questions, args):
-        from .statistics import sample
+        from ..common.statistics import sample
 
         self.module, self.name, self.questions = module, "".join(c if c.isprintable() else " " for c in name), questions
         self.slug = re.sub(r"\W+", "-", self.name.lower()).strip("-") or "task"
@@ -378,7 +378,7 @@ def _ask(task, model, name, images):
 
 def _finish(task, name, judge, args):
     """Judge or score a task's answers; write items.jsonl and results.json."""
-    from .statistics import summarise
+    from ..common.statistics import summarise
 
     task.journal.sort(q.id for q in task.questions)
     scores = _judge(task, judge) if task.judged else {}

@@ -14,8 +14,8 @@ from collections import Counter
 
 import numpy as np
 
-from . import statistics
-from .statistics import ratio
+from ..common import statistics
+from ..common.statistics import ratio
 
 TIE = 1e-9  # cosines less apart than this are equal: sums of floats in another order are
 

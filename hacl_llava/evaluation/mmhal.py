@@ -17,9 +17,9 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ..common.files import read_json, read_text
+from ..common.statistics import ratio
 from ..config import DataError, HaclError
 from . import Question
-from .statistics import ratio
 
 NAME = "mmhal"
 SUFFIX = (

@@ -20,9 +20,9 @@ import re
 from pathlib import Path
 
 from ..common.files import read_lines
+from ..common.statistics import ratio
 from ..config import DataError
 from . import Question
-from .statistics import ratio
 
 NAME = "pope"
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5 (arXiv 2310.03744, its table of prompts)

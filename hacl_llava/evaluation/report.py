@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..common.files import write_bytes, write_json, write_text
 from ..common.images import image_file
+from ..common.statistics import holm
 from ..config import HaclError
 from . import provenance
 from .charts import curve_of, draw_curves, draw_evaluation, lines_of
@@ -25,7 +26,6 @@ from .runs import (
     differing_settings,
     draw_gallery,
     figure_of,
-    holm,
     is_number,
     list_of,
     parse_runs,

@@ -298,7 +298,7 @@ def compare(a, b, task, seed=0):
         ``mcnemar`` {"both", "only_a", "only_b", "neither", "p"}; with ``problem`` in place of metrics where none can
         be made.
     """
-    from . import statistics
+    from ..common import statistics
 
     all_a, all_b = (_scored(run.tasks[task]["items"]) for run in (a, b))
     common = [k for k in all_a if k in all_b and _same_question(all_a[k], all_b[k])]
@@ -330,15 +330,6 @@ def compare(a, b, task, seed=0):
         p = float(statistics.mcnemar(only_a, only_b))
         comparison["mcnemar"] = {"both": both, "only_a": only_a, "only_b": only_b, "neither": neither, "p": p}
     return comparison
-
-
-def holm(values):
-    """p values adjusted for their number (Holm 1979, Scandinavian Journal of Statistics 6:65), in the order given."""
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
-        adjusted[i] = largest
-    return adjusted
 
 
 def way_of(metric):

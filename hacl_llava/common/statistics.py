@@ -1,4 +1,4 @@
-"""Intervals and tests for figures that are functions of sums over items.
+"""Intervals and tests for figures that are functions of sums over items; the bootstrap and the binomial are scipy's.
 
 An item is a dict as in ``items.jsonl``: ``{"id", "image", "counts": {name: number}, ...}``; one without ``counts``
 failed and is passed over. The bootstrap resamples images with all their items, because the questions on one image are
@@ -6,28 +6,36 @@ not independent (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, c
 """
 
 import random
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..config import HaclError
 
-_CELLS = 4_000_000  # weights held at once: 32 MB
+_CELLS = 1_000_000  # drawn at once; scipy and `_with_intervals` hold about 60 bytes for each
 
 
 class Counts(dict):
     """Summed counts by name, arrays of one shape; a name that no item has is zero."""
 
-    def __missing__(self, name):
+    def __missing__(self, name: str) -> np.ndarray:
         return np.zeros_like(next(iter(self.values()), np.zeros(())), dtype=float)
 
 
-def ratio(part, whole):
+Metrics = Mapping[str, Callable[[Counts], ArrayLike]]
+"""Name -> function of `Counts`, as a task's ``METRICS``."""
+
+
+def ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
     """``part / whole`` of arrays or numbers; nan where ``whole`` is 0."""
     part, whole = np.broadcast_arrays(np.asarray(part, dtype=float), np.asarray(whole, dtype=float))
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
 
 
-def sample(questions, count, seed=0):
+def sample(questions: Sequence, count: int, seed: int = 0) -> list:
     """``count`` of the questions, chosen at random without replacement, in their own order; all if there are fewer.
 
     The same of the same list for the same seed, and a smaller sample is a part of a larger one.
@@ -37,7 +45,7 @@ def sample(questions, count, seed=0):
     return [questions[i] for i in sorted(order[:count])]
 
 
-def totals(items):
+def totals(items: Iterable[dict]) -> Counts:
     """The `Counts` summed over all items that have them."""
     names, sums = _sums([item["counts"] for item in items if item.get("counts")], None)
     return Counts(zip(names, sums.sum(0)))
@@ -66,16 +74,6 @@ def _evaluate(metrics, names, sums):
         return {name: np.asarray(metric(counts), dtype=float) for name, metric in metrics.items()}
 
 
-def _resampled(tables, seed, samples):
-    # The same images drawn for every table [clusters, names]: yields their sums, [samples of a chunk, names].
-    clusters = len(tables[0])
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CELLS // clusters)
-    for start in range(0, samples, chunk):
-        weights = rng.multinomial(clusters, np.full(clusters, 1 / clusters), min(chunk, samples - start)).astype(float)
-        yield [weights @ table for table in tables]
-
-
 def _interval(values):
     defined = values[np.isfinite(values)]
     if 2 * len(defined) <= len(values):
@@ -84,15 +82,37 @@ def _interval(values):
 
 
 def _with_intervals(figures, tables, seed, samples):
-    # {name: value} and {name: interval} of `figures`, a function of the sums of each table
+    # {name: value} and {name: interval} of `figures`, a function of the sums of each table [clusters, names]
     values = {name: float(value) for name, value in figures(*(table.sum(0) for table in tables)).items()}
-    if len(tables[0]) < 2:
+    clusters = len(tables[0])
+    if clusters < 2 or not values:
         return values, {name: [float("nan"), float("nan")] for name in values}
-    drawn = [figures(*sums) for sums in _resampled(tables, seed, samples)]
-    return values, {name: _interval(np.concatenate([found[name] for found in drawn])) for name in values}
+
+    def statistic(drawn, axis):  # [samples of a batch, clusters] numbers of clusters -> [figures, samples of a batch]
+        rows = np.arange(len(drawn))[:, None] * clusters
+        weights = np.bincount((rows + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+        return np.stack(list(figures(*(weights @ table for table in tables)).values()))
+
+    from scipy.stats import bootstrap
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of undefined samples, which `_interval` sees to
+        found = bootstrap(
+            (np.arange(clusters),),
+            statistic,
+            n_resamples=samples,
+            batch=max(1, _CELLS // clusters),
+            vectorized=True,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        )
+    return values, dict(zip(values, map(_interval, found.bootstrap_distribution)))
 
 
-def summarise(metrics, items, clusters=None, seed=0, samples=2000):
+def summarise(
+    metrics: Metrics, items: Sequence[dict], clusters: Sequence[Hashable] | None = None, seed: int = 0,
+    samples: int = 2000,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Every metric over all items, with the 95 % interval of the percentile bootstrap over images.
 
     Args:
@@ -106,6 +126,9 @@ def summarise(metrics, items, clusters=None, seed=0, samples=2000):
         ``{name: {"value": float, "interval": [low, high]}}``. The value is nan where it is undefined (no items,
         division by 0). Samples in which it is undefined are left out of the interval; it is [nan, nan] where that is
         half of them or more, and where there is a single image, which says nothing of other images.
+
+    Raises:
+        HaclError: there are not as many clusters as items.
     """
     if clusters is None:
         clusters = [item.get("image", item.get("id")) for item in items]
@@ -126,7 +149,9 @@ def _by_id(items):
     return {key: item for key, item in found.items() if item.get("counts")}
 
 
-def paired(metrics, items_a, items_b, seed=0, samples=2000):
+def paired(
+    metrics: Metrics, items_a: Iterable[dict], items_b: Iterable[dict], seed: int = 0, samples: int = 2000
+) -> dict[str, dict[str, Any]]:
     """The difference (first minus second) of every metric over the items that both have, matched by ``id``.
 
     Args:
@@ -152,27 +177,36 @@ def paired(metrics, items_a, items_b, seed=0, samples=2000):
     return {name: {"difference": values[name], "interval": intervals[name]} for name in metrics}
 
 
-def mcnemar(only_a, only_b):
+def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p of McNemar's test: the smaller tail of a fair binomial, doubled, at most 1.
 
     Args:
         only_a, only_b: how many items only the first, only the second answered correctly.
 
     Returns:
-        p of "both are equally often right"; 1.0 where the runs never differ. Exact integers, so right for any counts.
+        p of "both are equally often right"; 1.0 where the runs never differ.
+
+    Raises:
+        HaclError: a count is negative.
     """
-    n, few = only_a + only_b, min(only_a, only_b)
+    few, n = min(only_a, only_b), only_a + only_b
     if few < 0:
         raise HaclError(f"mcnemar: {only_a} and {only_b} are counts of items, at least 0.")
-    term = tail = 1  # n over 0
-    for i in range(few):
-        term = term * (n - i) // (i + 1)
-        tail += term
-    # Python divides integers of any size rightly rounded
-    return min(1.0, 2 * tail / 2**n)
+    from scipy.stats import binomtest
+
+    return float(binomtest(few, n).pvalue) if n else 1.0
 
 
-def correct_pairs(items_a, items_b):
+def holm(values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm 1979, Scandinavian Journal of Statistics 6:65), in the order given."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def correct_pairs(items_a: Iterable[dict], items_b: Iterable[dict]) -> tuple[int, int, int, int]:
     """Of the items that both runs have, with ``counts["correct"]``: how many (both, only_a, only_b, neither) got right.
 
     Raises:
