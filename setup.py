@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["hacl_llava", "hacl_llava.*"]),
     package_data={
+        "hacl_llava.common": ["templates/*.j2"],
         "hacl_llava.hallucinate": ["vocabulary.txt", "wordnet.json.gz", "WORDNET_LICENSE"],
         "hacl_llava.evaluation": ["coco_synonyms.txt"],
     },
@@ -40,6 +41,7 @@ setup(
         "pillow",  # LLaVA's dataset, the miniature's renderer
         "requests",  # llava.mm_utils and llava.utils import it
         "numpy",
+        "jinja2",  # reports and model cards; torch brings it
         "scipy>=1.10",  # intervals and exact tests
         "tqdm",
     ],

@@ -253,7 +253,7 @@ def main():
     parser.add_argument("--output", default=HERE / "results", type=Path, help="folder of communication.json and .md")
     args = parser.parse_args()
     from hacl_llava.common.files import write_json, write_text
-    from hacl_llava.evaluation import provenance
+    from hacl_llava.common.report import provenance
 
     made, results, wrong = provenance(), [], []
     with tempfile.TemporaryDirectory(prefix="hacl-") as folder:  # not "tmpt...": LLaVA looks for mpt in a path

@@ -435,7 +435,7 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "docs/reliability", metavar="DIR")
     parser.add_argument("--keep", action="store_true", help="keep the working folder, and say where it is")
     args = parser.parse_args()
-    from hacl_llava.evaluation import provenance
+    from hacl_llava.common.report import provenance
 
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     try:

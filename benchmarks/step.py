@@ -34,7 +34,7 @@ from hacl_llava import compat  # noqa: E402, F401, I001  (before llava)
 from hacl_llava.config import HaclConfig  # noqa: E402
 from hacl_llava.data import HaclCollator  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
-from hacl_llava.evaluation import provenance  # noqa: E402
+from hacl_llava.common.report import provenance  # noqa: E402
 from hacl_llava.modeling import IGNORE_INDEX, HaclLlavaLlamaForCausalLM  # noqa: E402
 
 # hidden, intermediate, layers, heads, vocabulary; the vision tower's hidden size and layers. The output layer has the

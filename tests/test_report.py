@@ -1,6 +1,5 @@
 """hacl-llava report: hand-made runs, whose comparisons were computed by hand; awkward names, answers and files."""
 
-import html
 import json
 import math
 import re
@@ -8,14 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import markupsafe
 import pytest
 from PIL import Image
 
 from hacl_llava import cli
+from hacl_llava.common.report import as_html, as_markdown, thumbnail
 from hacl_llava.common.statistics import holm
 from hacl_llava.config import HaclError
 from hacl_llava.evaluation import report
-from hacl_llava.evaluation.page import as_html, as_markdown, thumbnail
 from hacl_llava.evaluation.runs import draw_gallery, parse_runs, read_run, verdict_of
 
 pytest.importorskip("matplotlib")
@@ -150,7 +150,7 @@ def test_the_summary_claims_no_more_than_the_intervals(tmp_path, pictures):
         low, high = entry["interval"]
         assert said == expected.get(metric, [] if (low, high) == (0, 0) else ["unclear"]), metric
         assert metric in ("accuracy", "unclear") or (low <= 0 <= high) == (said == ["unclear"]), metric
-    assert "McNemar&#x27;s p is 0.0625 (adjusted)" in page
+    assert "McNemar&#39;s p is 0.0625 (adjusted)" in page
     assert "f1 " in pair["improved"][0] and "precision 0.556 to 1.000" in pair["changed"][0]
     reversed_, page, _ = make(tmp_path, *two, "--baseline", "hacl", "--gallery", "0", output="reversed")
     (pair,) = reversed_["summary"]["pairs"]
@@ -300,7 +300,7 @@ def test_escaping(tmp_path, pictures):
     for bad in ("<script", "<b>|", "<i>", "\x00"):
         assert bad not in page and bad not in markdown, bad
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert html.escape(name) in page
+    assert markupsafe.escape(name) in page
     text = r"a \| b &lt;script&gt;alert(1)&lt;/script&gt; \`code\` \*\*bold\*\* \[x\](http://x)"
     assert text in markdown and "你好 🙂" in markdown and "🙂" in page
     lines = markdown.splitlines()

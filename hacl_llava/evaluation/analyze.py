@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 from ..common.files import write_json, write_text
+from ..common.report import as_html, as_markdown, provenance
 from ..config import HaclError
-from . import provenance
-from .page import as_html, as_markdown
-from .plotting import METHODS
 
+METHODS = {"pca": "PCA", "tsne": "t-SNE"}  # how `figures` brings representations to two dimensions
 SPACES = {"llm": "the LLM's space", "head": "head space"}
 _MODELS = 4  # side by side at most
 _NAMED = 20  # skipped records named on the page; analysis.json has more
@@ -273,7 +272,7 @@ def findings(analysis):
 
 
 def _page(analysis):
-    """The report as blocks of `page`."""
+    """The report as blocks of `common.report`."""
     data, made = analysis["data"], analysis["provenance"]
     yield "heading", 1, f"Representations: {', '.join(model['name'] for model in analysis['models'])}"
     yield (

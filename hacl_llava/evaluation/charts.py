@@ -3,8 +3,7 @@
 import math
 import os
 
-from .page import shorten
-from .plotting import COLOURS, MARKERS, STYLES, plain, pyplot, save
+from ..common.report import COLOURS, MARKERS, STYLES, plain, pyplot, save, shorten
 from .runs import QUANTITIES, is_number, way_of
 
 

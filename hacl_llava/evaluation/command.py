@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from ..common import jsonl
 from ..common.files import locked, read_json, write_json, write_text
 from ..common.images import image_file
+from ..common.report import provenance
 from ..config import DataError, HaclError
 from ..hallucinate.command import whole
-from . import provenance
 
 _SHOWN = 10  # failures of a task that are printed one by one
 _HOPELESS = 20  # failures in a row from the beginning that end a run

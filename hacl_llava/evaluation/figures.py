@@ -6,9 +6,10 @@ import textwrap
 
 import numpy as np
 
+from ..common.report import COLOURS, MARKERS, plain, pyplot, save
 from ..config import HaclError
+from .analyze import METHODS
 from .measures import unit
-from .plotting import COLOURS, MARKERS, METHODS, plain, pyplot, save
 
 _DRAWN = 500  # images in a picture; more would hide each other
 # Squares are hollow, since a hallucinated caption often lies where its caption does.

@@ -12,12 +12,9 @@ from pathlib import Path
 
 from ..common.files import write_bytes, write_json, write_text
 from ..common.images import image_file
-from ..common.statistics import holm
+from ..common.report import Card, as_html, as_markdown, as_words, provenance, pyplot, shorten, thumbnail
 from ..config import HaclError
-from . import provenance
 from .charts import curve_of, draw_curves, draw_evaluation, lines_of
-from .page import as_html, as_markdown, as_words, shorten, thumbnail
-from .plotting import pyplot
 from .runs import (
     QUANTITIES,
     compare,
@@ -38,6 +35,7 @@ from .runs import (
 
 _COUNTS = ("questions", "scored", "failed", "unclear")  # of results.json, for people; the others are sums of scores
 _TRADED = ("precision", "recall")  # of yes/no questions: saying yes, or no, more often buys one with the other
+_LONGEST = 1500  # characters of an answer that are shown
 _SMALL = 1000  # questions below which a comparison is called small
 
 
@@ -232,7 +230,7 @@ def _training_table(runs, stage):
     return ("", *(e["line"] for e in ends)), rows, ends
 
 
-def _page(found, runs, about, training, output):
+def _page(found, runs, about, training):
     """The page as blocks, (kind, ...), which `as_html` and `as_markdown` write out."""
     names = [r.name for r in runs]
     versions = found["provenance"]["versions"]
@@ -297,7 +295,7 @@ def _page(found, runs, about, training, output):
             yield "heading", 3, f"{part['a']} and {part['b']}"
             yield "text", part["drawn"]
             if part["entries"]:
-                yield "gallery", part["entries"], output
+                yield "gallery", [_card(entry) for entry in part["entries"]]
     if found["left_out"]:
         yield "heading", 2, "Left out"
         yield "table", ("run", "file", "reason"), [(x["run"], x["file"], x["reason"]) for x in found["left_out"]]
@@ -415,6 +413,21 @@ def _measure(entry, key):
     return words + (f" ({', '.join(more)})" if more else "")
 
 
+def _card(entry):
+    """An entry of `runs.draw_gallery` as a card."""
+    lines = [("question", shorten(entry.get("question", "-"), _LONGEST), "")]
+    if entry.get("label") is not None:
+        lines.append(("label", as_words(entry["label"]), ""))
+    for name, answer in entry["answers"].items():
+        note = "" if "right" not in entry else "right" if entry["right"] == name else "wrong"
+        lines.append((name, "(empty)" if answer in (None, "") else shorten(answer, _LONGEST), note))
+        facts = entry.get("facts", {}).get(name, {})
+        lines += [(what, shorten(as_words(value), 400), "") for what, value in facts.items()]
+    image = entry.get("image")
+    what = image if entry["picture"] else entry["problem"]
+    return Card(entry["picture"], what, f"{entry['task']}, question {entry['id']}, {image}", lines)
+
+
 # ---- all of it
 
 
@@ -507,6 +520,8 @@ def _spaces(about, key="value"):
 
 
 def _evaluations(runs, baseline, seed):
+    from ..common.statistics import holm
+
     tasks = []
     for name in tasks_of(runs):
         have = [r for r in runs if name in r.tasks]
@@ -572,7 +587,7 @@ def make_report(runs, args):
             found["pictures"][f"training-stage-{stage}"] = picture
     if tasks and draw_evaluation(shown, tasks, output / "evaluation.png"):
         found["pictures"]["evaluation"] = "evaluation.png"
-    blocks = list(_page(found, shown, _about(with_something), training, output))
+    blocks = list(_page(found, shown, _about(with_something), training))
     write_text(output / "report.html", as_html(blocks, found["title"], output))
     write_text(output / "report.md", as_markdown(blocks))
     write_json(output / "report.json", found)

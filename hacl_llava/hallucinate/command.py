@@ -8,13 +8,14 @@ import sys
 
 from .. import __version__
 from ..common.endpoint import Endpoint
+from ..common.report import pyplot
 from ..config import HaclError
 from . import KINDS, lexicon
 from .api import ApiSource, Asking, dollars, estimate
 from .batch import ResultFiles, run_id, write_requests
 from .checks import Checker
 from .prompts import Prompt, Settings, read_settings
-from .report import need_matplotlib, write_report
+from .report import write_report
 from .rules import RulesSource
 from .run import EXIT_INCOMPLETE, Run
 
@@ -190,7 +191,7 @@ def main(args: argparse.Namespace) -> int:
     _check(args, sources)
     settings = read_settings(args.prompt_file) if args.prompt_file else Settings()
     if args.report:
-        need_matplotlib()
+        pyplot()  # refuse before any work is done
     if not args.dry_run:
         _sources(args, sources, types, settings)  # refuse wrong settings before the input is read
     run = Run(

@@ -2,28 +2,18 @@
 
 import json
 import os
-import re
 import statistics
 from collections import Counter
 
 from ..common.files import write_text
+from ..common.report import COLOURS, as_markdown, pyplot, save
 from ..config import HaclError
 from ..records import caption_of, name_of, stream_records
 from . import KINDS
 from .checks import length, normal
 from .run import chance
 
-_BINS = [i / 20 for i in range(8, 37)]  # of the length ratio: 0.4 to 1.8
 _EXAMPLES = 10  # of each kind
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's, told apart by the colour-blind
-
-
-def need_matplotlib():
-    """Raise ImportError, naming the extra, before any work is done."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError("--report draws a picture with matplotlib: pip install 'hacl_llava[plot]'") from None
 
 
 def _stem(target):
@@ -82,76 +72,61 @@ def measure(run, summary):
     }
 
 
-def _cell(text):
-    return re.sub(r"([\\`*_|\[\]$!])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
-
-
-def _table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]) + "\n"
-
-
 def _share(part, whole):
     return f"{part} ({part / whole:.1%})" if whole else str(part)
 
 
-def _markdown(found, picture, command):
+def _page(found, picture, command):
+    """The report as blocks of `common.report`."""
     records, captions = found["records"], found["captions"]
     ratio = found["length_ratio"]
-    parts = [
-        f"# Hallucinated captions of {os.path.basename(found['settings']['input_name'])}\n",
-        f"Made by `{command}`, hacl_llava {found['settings']['version']}.\n",
-        _table(
-            ("", "count"),
-            [
-                ("records", records),
-                ("with hallucinated captions", _share(found["with hallucinated captions"], records)),
-                ("hallucinated captions", captions),
-                ("failed, to be asked again", found["failed"]),
-                ("not asked for yet", found["to do"]),
-                ("repeats of an earlier hallucinated caption", _share(found["repeated"], captions)),
-                ("the text of some other record's caption", _share(found["equal_to_a_caption"], captions)),
-                ("median length ratio (tokens)", f"{ratio['median']:.2f}" if captions else "-"),
-                (
-                    "length ratio within {} to {}".format(*found["settings"]["length_ratio"]),
-                    f"{ratio['within']:.1%}" if captions else "-",
-                ),
-                *((f"tokens, {s}: {k}", v) for s, usage in found["usage"].items() for k, v in usage.items()),
-            ],
+    yield "heading", 1, f"Hallucinated captions of {os.path.basename(found['settings']['input_name'])}"
+    yield "text", f"Made by hacl_llava {found['settings']['version']}:"
+    yield "code", command
+    rows = [
+        ("records", records),
+        ("with hallucinated captions", _share(found["with hallucinated captions"], records)),
+        ("hallucinated captions", captions),
+        ("failed, to be asked again", found["failed"]),
+        ("not asked for yet", found["to do"]),
+        ("repeats of an earlier hallucinated caption", _share(found["repeated"], captions)),
+        ("the text of some other record's caption", _share(found["equal_to_a_caption"], captions)),
+        ("median length ratio (tokens)", f"{ratio['median']:.2f}" if captions else "-"),
+        (
+            "length ratio within {} to {}".format(*found["settings"]["length_ratio"]),
+            f"{ratio['within']:.1%}" if captions else "-",
         ),
-        f"![kinds, length ratios, refusals]({picture})\n",
-        "## By kind and source\n",
-        _table(
-            ("source", *KINDS, "all"),
-            [
-                (source, *(row.get(k, 0) for k in KINDS), sum(row.values()))
-                for source, row in found["kinds_by_source"].items()
-            ],
-        ),
-        "## Candidates refused\n",
-        "A refused candidate is replaced by another one where there is one.\n",
-        _table(("reason", "candidates"), found["rejected"].most_common()) if found["rejected"] else "None.\n",
-        "## Records without\n",
-        _table(("reason", "records"), found["without"].most_common()) if found["without"] else "None.\n",
+        *((f"tokens, {s}: {k}", v) for s, usage in found["usage"].items() for k, v in usage.items()),
     ]
+    yield "table", ("", "count"), rows
+    yield "picture", picture, "kinds, length ratios, refusals"
+    yield "heading", 2, "By kind and source"
+    rows = [(s, *(row.get(k, 0) for k in KINDS), sum(row.values())) for s, row in found["kinds_by_source"].items()]
+    yield "table", ("source", *KINDS, "all"), rows
+    yield "heading", 2, "Candidates refused"
+    yield "text", "A refused candidate is replaced by another one where there is one."
+    yield _counted(("reason", "candidates"), found["rejected"])
+    yield "heading", 2, "Records without"
+    yield _counted(("reason", "records"), found["without"])
     if found["without_examples"]:
-        parts.append(_table(("record", "reason", "caption"), found["without_examples"]))
-    parts.append("## Examples\n\nDrawn at random; not chosen.\n")
+        yield "table", ("record", "reason", "caption"), found["without_examples"]
+    yield "heading", 2, "Examples"
+    yield "text", "Drawn at random; not chosen."
     for kind in KINDS:
         if found["examples"][kind]:
-            parts += [f"### {kind}\n", _table(("caption", "hallucinated caption", "source"), found["examples"][kind])]
-    return "\n".join(parts)
+            yield "heading", 3, kind
+            yield "table", ("caption", "hallucinated caption", "source"), found["examples"][kind]
+
+
+def _counted(head, counts):
+    return ("table", head, counts.most_common()) if counts else ("text", "None.")
 
 
 def _picture(found, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
     bottom = [0] * len(KINDS)
-    for (source, row), colour in zip(found["kinds_by_source"].items(), _COLOURS, strict=False):
+    for (source, row), colour in zip(found["kinds_by_source"].items(), COLOURS):
         heights = [row.get(k, 0) for k in KINDS]
         axes[0].bar(KINDS, heights, bottom=bottom, label=source, color=colour)
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
@@ -159,19 +134,18 @@ def _picture(found, path):
     if found["kinds_by_source"]:
         axes[0].legend(title="source")
     axes[1].bar(
-        [i / 20 + 0.025 for i in range(7, 37)], found["length_ratio"]["histogram"], width=0.045, color=_COLOURS[0]
+        [i / 20 + 0.025 for i in range(7, 37)], found["length_ratio"]["histogram"], width=0.045, color=COLOURS[0]
     )
     for bound in found["settings"]["length_ratio"]:
         axes[1].axvline(bound, color="black", linestyle="--", linewidth=1)
     axes[1].set(title="How long they are", xlabel="tokens, relative to the caption (dashed: allowed)", ylabel="count")
     reasons = found["rejected"].most_common(8)[::-1]
-    axes[2].barh([r for r, _ in reasons], [n for _, n in reasons], color=_COLOURS[1])
+    axes[2].barh([r for r, _ in reasons], [n for _, n in reasons], color=COLOURS[1])
     axes[2].set(title="Why candidates were refused", xlabel="candidates")
     if not reasons:
         axes[2].set_yticks([])
         axes[2].text(0.5, 0.5, "none was", ha="center", transform=axes[2].transAxes)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def write_report(run, summary, command):
@@ -188,7 +162,7 @@ def write_report(run, summary, command):
         _picture(found, stem + ".png")
         for ending, text in (
             (".json", json.dumps(found, indent=1, ensure_ascii=False)),
-            (".md", _markdown(found, os.path.basename(stem) + ".png", command)),
+            (".md", as_markdown(_page(found, os.path.basename(stem) + ".png", command))),
         ):
             write_text(stem + ending, text)
     except OSError as error:

@@ -1,0 +1,206 @@
+"""Reports: blocks as one self-contained HTML page and as Markdown with its pictures beside it; the style of pictures.
+
+Blocks: ``("heading", level, text)``, ``("text", text)``, ``("list", texts)``, ``("code", text)``,
+``("picture", file, what it shows)``, ``("figure", file, what it shows)`` that says so below it, ``("table", head,
+rows)``, ``("gallery", cards)`` of `Card`. All texts are plain: whatever an answer holds is shown, not interpreted.
+"""
+
+import base64
+import functools
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import __version__
+from .files import write_bytes
+from .images import open_image
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from matplotlib.figure import Figure
+
+TEMPLATES = Path(__file__).parent / "templates"
+# Okabe and Ito's colours, told apart by the colour-blind; each has a shape of its own, too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = ("-", "--", "-.", ":")
+
+
+class Card(NamedTuple):
+    """A picture with lines below it.
+
+    ``picture``: its file, or None. ``what``: it shows, or why there is none. ``name``: stands first, small. ``lines``:
+    [(name, text, note)], the note in brackets unless it is empty.
+    """
+
+    picture: str | None
+    what: str
+    name: str
+    lines: list[tuple[str, str, str]]
+
+
+# ---- words
+
+
+def shorten(text: Any, length: int) -> str:
+    """Text of at most ``length`` characters, the last one … where something was cut off."""
+    text = str(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def as_words(value: Any) -> str:
+    """A json value for people to read."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {as_words(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(as_words, value))
+    text = f"{value:.6g}" if isinstance(value, float) else str(value).strip()
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1…", text)  # of a digest or commit the beginning will do
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """What made a result: versions, command line, commit of the checkout if there is one, and the seed."""
+    names = {"torch": "torch", "transformers": "transformers", "llava": "llava-torch"}
+    versions = {"hacl_llava": __version__, "python": platform.python_version()}
+    for name, distribution in names.items():
+        try:
+            versions[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    # Only of this package's own checkout: installed elsewhere, git would answer for whatever repository lies around it.
+    root = Path(__file__).parents[2]
+    commit = None
+    if (root / ".git").exists():
+        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"versions": versions, "command": command, "commit": commit, "seed": seed}
+
+
+# ---- pages
+
+
+def literal(text: Any) -> str:
+    """Markdown that shows this text, on one line, and means nothing else."""
+    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Between letters or digits _ means nothing, and names stay easy to read and to search for.
+    return re.sub(r"([\\`*|\[\]$!~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+
+
+def literal_line(text: Any) -> str:
+    """`literal` text that may begin a line: no heading, no list."""
+    return re.sub(r"^(\d*)([.)+=#-])", r"\1\\\2", literal(text))
+
+
+def table(head: Sequence, rows: Iterable[Sequence]) -> str:
+    """A Markdown table, whose cells are shown as they are; no newline at its end.
+
+    Args:
+        head: names of the columns. rows: of as many cells each.
+    """
+    lines = [head, *rows]
+    lines = ["| " + " | ".join(map(literal, line)) + " |" for line in lines]
+    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+
+
+@functools.cache
+def _template(name):
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters.update(literal=literal, literal_line=literal_line)
+    templates.globals["table"] = table
+    return templates.get_template(name)
+
+
+def _padded(blocks):
+    return [(*block, None)[:3] for block in blocks]
+
+
+def as_html(blocks: Iterable[tuple], title: str, output: str | os.PathLike) -> str:
+    """The page as one HTML file that needs no other: pictures of the folder ``output`` as data URIs, no script.
+
+    Args:
+        blocks: as above. title: of the page. output: where the files of pictures lie.
+
+    Raises:
+        OSError: a picture cannot be read.
+    """
+
+    def data_uri(file):
+        kind = "jpeg" if file.endswith(".jpg") else "png"
+        return f"data:image/{kind};base64,{base64.b64encode((Path(output) / file).read_bytes()).decode()}"
+
+    return _template("page.html.j2").render(blocks=_padded(blocks), title=title, data_uri=data_uri) + "\n"
+
+
+def as_markdown(blocks: Iterable[tuple]) -> str:
+    """The page as Markdown; its pictures lie beside it."""
+    return _template("page.md.j2").render(blocks=_padded(blocks)).strip("\n") + "\n"
+
+
+# ---- pictures
+
+
+def thumbnail(path: str | os.PathLike, side: int = 320) -> bytes:
+    """JPEG bytes of an image, at most ``side`` pixels wide and high; small ones enlarged by whole pixels.
+
+    Raises:
+        HaclError: it is missing, or no image that Pillow reads.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = open_image(path)  # as the model saw it
+    times = side // max(image.size)
+    if times > 1:
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=88, subsampling=0)
+    return file.getvalue()
+
+
+def pyplot() -> "ModuleType":
+    """matplotlib.pyplot that opens no window; ImportError names the extra."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install 'hacl_llava[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is: no mathematics between $, no name hidden from a legend for its first _."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def save(figure: "Figure", path: str | os.PathLike) -> None:
+    """Write a figure to a PNG file, which appears whole or not at all, and close it."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in letters that the font lacks
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    write_bytes(path, file.getvalue())
+    pyplot().close(figure)
