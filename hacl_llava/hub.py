@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import __version__
 from .common.files import read_json, write_text
+from .common.report import TEMPLATES, literal, table
 from .config import HaclError
 
 CARD = "README.md"
@@ -199,101 +200,6 @@ def _name_of(folder):
     return Path(os.path.abspath(folder)).name
 
 
-def _table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _what(kind, facts):
-    base, tower, unnamed = facts["base"], facts["tower"], "not named in the files"
-    text = {
-        "stage1": "The projector of a LLaVA model after stage 1 (feature alignment): it turns the vision tower's "
-        "features into the language model's embeddings. The language model and the tower are not in here.",
-        "lora": "LoRA weights of a LLaVA model, with the projector beside them (`non_lora_trainables.bin`). The "
-        "language model is not in here.",
-        "llava": "A whole LLaVA model in LLaVA's own format.",
-        "hf": "A whole LLaVA model in Hugging Face's format (`LlavaForConditionalGeneration`), for plain transformers "
-        "and vLLM.",
-    }[kind]
-    text += f"\n\n- Language model: {base or unnamed}"
-    text += f"\n- Vision tower: {tower or ('in the weights' if kind == 'hf' else unnamed)}"
-    if facts["hacl"]:
-        return text + (
-            "\n- Trained with [HACL](https://arxiv.org/abs/2312.06968) in stage 1: the representation of an image is "
-            "pulled to that of its caption, and pushed from those of other captions and of hallucinated captions."
-        )
-    return text + "\n- The files hold no HACL settings: whether stage 1 was trained with HACL cannot be said from them."
-
-
-def _loading(kind, name, facts):
-    base = facts["base"] or "the-language-model"
-    base = json.dumps(base if _is_hub_id(base) else f"path/to/{base}")
-    here = f"With this folder as `{name}` beside the script"
-    if kind == "hf":
-        return f"""{here}, or with its id on the hub in place of the name:
-
-```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-processor = AutoProcessor.from_pretrained({json.dumps(name)})
-model = LlavaForConditionalGeneration.from_pretrained({json.dumps(name)})
-prompt = "USER: <image>\\nWhat is in the image? ASSISTANT:"
-# inputs = processor(images=image, text=prompt, return_tensors="pt"); model.generate(**inputs)
-```
-
-or `vllm serve {name}`."""
-    label = {"stage1": "llava", "lora": "llava-lora", "llava": "llava"}[kind]
-    if facts.get("mistral"):
-        label += "-mistral"
-    more = "" if kind != "stage1" else "\n\nLLaVA's stage 2 takes it as `--pretrain_mm_mlp_adapter mm_projector.bin`."
-    return f"""{here}, stock LLaVA loads it (`hacl_llava.compat` makes that work on transformers from 4.37 to 5):
-
-```python
-from hacl_llava import compat  # before llava
-from llava.model.builder import load_pretrained_model
-
-tokenizer, model, image_processor, _ = load_pretrained_model(
-    {json.dumps(name)}, {"None" if kind == "llava" else base}, "{label}"
-)
-```{more}"""
-
-
-def _limitations(kind, facts, results):
-    lines = ["It can say things that are not in the image; HACL is meant to make that rarer and does not end it."]
-    if not results:
-        lines.append("No evaluation results were given for this card: nothing is known here of how good it is.")
-    if kind == "stage1":
-        lines.append("After stage 1 a model captions; it follows instructions after stage 2 only.")
-    if kind in ("stage1", "lora"):
-        lines.append("It fits the language model and the vision tower that it was trained with, and no others.")
-    if kind == "hf":
-        lines.append("The image processor crops to the middle where LLaVA-1.5 pads: pad pictures to a square first.")
-    if kind != "hf" and facts["tower"] and not _is_hub_id(facts["tower"]):
-        lines.append("config.json names the vision tower by a path of where it was made: set `mm_vision_tower` anew.")
-    lines.append("The licence of the language model, and those of the vision tower and the data, apply.")
-    return "\n".join(f"- {line}" for line in lines)
-
-
-_CITATION = """```bibtex
-@inproceedings{jiang2024hacl,
-  title={Hallucination Augmented Contrastive Learning for Multimodal Large Language Model},
-  author={Jiang, Chaoya and Xu, Haiyang and Dong, Mengfan and Chen, Jiaxing and Ye, Wei and Yan, Ming and Ye, Qinghao
-          and Zhang, Ji and Huang, Fei and Zhang, Shikun},
-  booktitle={CVPR}, year={2024}, eprint={2312.06968}, archivePrefix={arXiv}
-}
-@inproceedings{liu2023llava,
-  title={Visual Instruction Tuning},
-  author={Liu, Haotian and Li, Chunyuan and Wu, Qingyang and Lee, Yong Jae},
-  booktitle={NeurIPS}, year={2023}, eprint={2304.08485}, archivePrefix={arXiv}
-}
-@inproceedings{liu2024improved,
-  title={Improved Baselines with Visual Instruction Tuning},
-  author={Liu, Haotian and Li, Chunyuan and Li, Yuheng and Lee, Yong Jae},
-  booktitle={CVPR}, year={2024}, eprint={2310.03744}, archivePrefix={arXiv}
-}
-```"""
-
-
 def write_card(folder, evaluation=None, source=None, base=None):
     """Write the model card ``README.md`` into a checkpoint's folder, from what its files say.
 
@@ -312,7 +218,7 @@ def write_card(folder, evaluation=None, source=None, base=None):
         CheckpointError: the folder is none of these, or a file of it is damaged.
         HaclError: the evaluation file is not usable.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from .checkpoint import CheckpointError, read_json
 
@@ -328,7 +234,6 @@ def write_card(folder, evaluation=None, source=None, base=None):
     if (card.exists() or card.is_symlink()) and not _is_ours(card):
         return None
     config = _dict(read_json(folder / "config.json")) if (folder / "config.json").exists() else {}
-    facts["mistral"] = "mistral" in str(config.get("model_type"))
 
     data = ModelCardData(
         library_name="transformers" if kind == "hf" else "llava",
@@ -351,19 +256,26 @@ def write_card(folder, evaluation=None, source=None, base=None):
     settings = [*facts["training"].items(), *((f"hacl_{k}", v) for k, v in facts["hacl"].items())]
     versions = [*facts["versions"].items(), ("hacl_llava of this card", __version__)]
     rows = [(r["task"], r["metric"], r["value"], " to ".join(map(str, r.get("interval", ())))) for r in results]
-    sections = {
-        f"# {name}": _what(kind, facts),
-        "## Load it": _loading(kind, name, facts),
-        "## Training": _table(("setting", "value"), settings) if settings else "The files say nothing of it.",
-        "## Evaluation": _table(("task", "metric", "value", "interval"), rows) if rows else "No results were given.",
-        "## Limitations": _limitations(kind, facts, results),
-        "## Versions": _table(("package", "version"), versions),
-        "## Citation": _CITATION,
-    }
-    comment = f"<!-- {_MARK}; remove this comment to keep changes of your own. -->"
-    text = f"---\n{data.to_yaml()}\n---\n\n{comment}\n\n" + "\n\n".join(f"{k}\n\n{v}" for k, v in sections.items())
+    llm, tower = facts["base"] or "the-language-model", facts["tower"]
+    text = ModelCard.from_template(
+        data,
+        template_path=TEMPLATES / "card.md.j2",
+        mark=_MARK,
+        kind=kind,
+        name=name,
+        title=literal(name),
+        base=facts["base"] and literal(facts["base"]),
+        tower=tower and literal(tower),
+        hacl=bool(facts["hacl"]),
+        mistral="mistral" in str(config.get("model_type")),
+        tower_is_path=kind != "hf" and bool(tower) and not _is_hub_id(tower),
+        loaded_with=llm if _is_hub_id(llm) else f"path/to/{llm}",
+        training=settings and table(("setting", "value"), settings),
+        evaluation=rows and table(("task", "metric", "value", "interval"), rows),
+        versions=table(("package", "version"), versions),
+    )
     try:
-        write_text(card, text + "\n")
+        write_text(card, f"{text}\n")
     except OSError as error:
         raise CheckpointError(f"{card}: cannot be written ({error.strerror}).") from None
     return card
