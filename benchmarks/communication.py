@@ -234,16 +234,11 @@ def expected(name, ranks):
     return calls if forward else {}, gradients
 
 
-def table(results):
-    parts = sorted({part for r in results for part in r["parts"]})
-    lines = ["| case | ranks | " + " | ".join(parts) + " |", "|---" * (len(parts) + 2) + "|"]
+def rows_of(results, parts):
     for r in results:
-        cells = []
-        for part in parts:
-            sent = r["parts"].get(part, {})
-            cells.append("<br>".join(f"{v['calls']} x {k}, {v['bytes']:,} B" for k, v in sorted(sent.items())) or "-")
-        lines.append(f"| {r['case']} | {r['ranks']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        sent = [sorted(r["parts"].get(part, {}).items()) for part in parts]
+        cells = ("; ".join(f"{v['calls']} x {k}, {v['bytes']:,} B" for k, v in calls) or "-" for calls in sent)
+        yield r["case"], r["ranks"], *cells
 
 
 def main():
@@ -253,7 +248,7 @@ def main():
     parser.add_argument("--output", default=HERE / "results", type=Path, help="folder of communication.json and .md")
     args = parser.parse_args()
     from hacl_llava.common.files import write_json, write_text
-    from hacl_llava.common.report import provenance
+    from hacl_llava.common.report import provenance, table
 
     made, results, wrong = provenance(), [], []
     with tempfile.TemporaryDirectory(prefix="hacl-") as folder:  # not "tmpt...": LLaVA looks for mpt in a path
@@ -272,7 +267,7 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     sizes = {"batch_per_rank": B, "head_dim": P, "hidden_size": D}
     write_json(args.output / "communication.json", {**made, "sizes": sizes, "results": results})
-    v = made["versions"]
+    v, parts = made["versions"], sorted({part for r in results for part in r["parts"]})
     write_text(
         args.output / "communication.md",
         f"""# What travels between ranks in a training step
@@ -284,7 +279,7 @@ on one machine, step {COUNTED} of {STEPS}, without logging. Bytes are what each 
 the same. The LLM's layers hold {results[0]["llm_layers"]:,} weights; under ZeRO-3 nothing is kept between its uses.
 Features and gradients agree with the formulas of docs/scale.md: {"yes, in all cases" if not wrong else "NO"}.
 
-{table(results)}
+{table(("case", "ranks", *parts), rows_of(results, parts))}
 """,
     )
     if wrong:

@@ -12,7 +12,6 @@ benchmarks/results/hallucinate.json and .md.
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-import hacl_llava
+from hacl_llava.common.report import provenance, table
 from hacl_llava.hallucinate import Item
 from hacl_llava.hallucinate.checks import Meaning
 from hacl_llava.hallucinate.lexicon import article, lexicon
@@ -121,10 +120,11 @@ def run(source, target, workers):
 
 
 def compare(source, target):
-    """Every record of the target against the source: all but the new key equal, in order."""
+    """Every record of the target against the source: all but the new keys equal, in order."""
     records = with_captions = 0
     for (_, before), (_, after) in zip(stream_records(source), stream_records(target), strict=True):
         added = after.pop("hallucinated_captions", None)
+        after.pop("hallucinated_kinds", None)
         if before != after or list(before) != list(after):
             sys.exit(f"record {records} differs: {before} {after}")
         records += 1
@@ -138,11 +138,8 @@ def sample(count=40, seed=0):
     answers = RulesSource(seed=seed).answers(Item(i, "", c) for i, c in enumerate(human))
     made = [(human[a.index], *a.captions[0]) for a in answers if a.captions]
     rows = random.Random(seed).sample(made, count)
-    cell = lambda text: " ".join(text.split()).replace("|", "\\|")  # noqa: E731
-    return "\n".join(
-        ["| kind | caption (human) | hallucinated caption (rules) |", "| --- | --- | --- |"]
-        + [f"| {kind} | {cell(caption)} | {cell(text)} |" for caption, kind, text in rows]
-    )
+    head = ("kind", "caption (human)", "hallucinated caption (rules)")
+    return table(head, [(kind, caption, text) for caption, kind, text in rows])
 
 
 def accidentally_true(others, seeds=20):
@@ -182,17 +179,7 @@ def main():
     if args.sample:
         SAMPLE.write_text(SAMPLE.read_text().partition("| kind")[0] + sample() + "\n")
         return
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    more = f" --records {args.records}" if args.records != 558_128 else ""
-    result = {
-        "command": "python benchmarks/hallucinate.py" + more,
-        "hacl_llava": hacl_llava.__version__,
-        "commit": commit or None,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-        "records": args.records,
-    }
+    result = {**provenance(), "cores": len(os.sched_getaffinity(0)), "records": args.records}
     result["rules_per_second_one_core"], result["rules_coverage"] = rate_on_one_core()
     result["accidentally_true"] = {"alone": accidentally_true(False), "with_other_captions": accidentally_true(True)}
     with tempfile.TemporaryDirectory() as folder:
@@ -206,21 +193,19 @@ def main():
         result["same_with_two_workers"] = (Path(folder) / "out1.json").read_bytes() == (
             Path(folder) / "out2.json"
         ).read_bytes()
-    rows = [
-        "| {workers} | {seconds:.0f} s | {0:.0f} | {1:.0f} MiB |".format(
-            args.records / r["seconds"], r["peak_bytes"] / 2**20, **r
-        )
-        for r in result["runs"]
-    ]
-    got = result["with_hallucinated_captions"]
+    rows = []
+    for r in result["runs"]:
+        rate, memory = args.records / r["seconds"], r["peak_bytes"] / 2**20
+        rows.append((r["workers"], f"{r['seconds']:.0f} s", f"{rate:.0f}", f"{memory:.0f} MiB"))
+    got, made = result["with_hallucinated_captions"], result["versions"]
     text = f"""# Hallucinated captions by rules: speed and memory
 
-`{result["command"]}`, hacl_llava {result["hacl_llava"]} ({commit}), Python {result["python"]},
+`{result["command"]}`, hacl_llava {made["hacl_llava"]} ({(result["commit"] or "?")[:7]}), Python {made["python"]},
 {result["cores"]} CPU cores. Seconds depend on the machine.
 Synthetic records in the layout of LLaVA's 558k set, {result["input_bytes"] / 2**20:.0f} MiB.
 
 - the rules alone, one core: {result["rules_per_second_one_core"]:.0f} captions/s (median of 5 x 20,000)
-- records compared field by field, in order: {result["records_compared"]}, all equal but for the new key
+- records compared field by field, in order: {result["records_compared"]}, all equal but for the new keys
 - with hallucinated captions: {got} ({got / args.records:.1%})
 - objects added or exchanged that COCO's boxes have in the image after all: {result["accidentally_true"]["alone"]:.1%},
   or {result["accidentally_true"]["with_other_captions"]:.1%} where the image's other four captions are in the file
@@ -229,9 +214,7 @@ Synthetic records in the layout of LLaVA's 558k set, {result["input_bytes"] / 2*
 
 The whole command, from json to json (reading twice, rewriting, journal, writing):
 
-| workers | time | records/s | peak memory, all processes |
-| --- | --- | --- | --- |
-{chr(10).join(rows)}
+{table(("workers", "time", "records/s", "peak memory, all processes"), rows)}
 """
     Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
     Path(f"{args.output}.md").write_text(text)

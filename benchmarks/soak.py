@@ -396,6 +396,11 @@ def judge(output, rows, reads, images, runs, windows, steps, took, mounted, stag
 
 
 def markdown(found):
+    from hacl_llava.common.report import table
+
+    head = ("start", "fault", "from step", "saved step", "seconds", "until it ended", "exit status", "its own words")
+    keys = ("fault", "from_step", "saved_step", "seconds", "seconds_to_end", "exit_status", "error")
+    starts = [(i, *("" if note.get(k) is None else note[k] for k in keys)) for i, note in enumerate(found["starts"], 1)]
     lines = [
         "# A soak on two processes",
         "",
@@ -403,17 +408,9 @@ def markdown(found):
         f"under DeepSpeed ZeRO-2 on two CPU processes, {found['records']} records (text alone, without hallucinated "
         f"captions, broken ones), the disk: {found['full_disk']}. Figures: soak.json.",
         "",
-        "| what has to hold | |",
-        "|---|---|",
-        *(f"| {name} | {'yes' if held else '**no**'} |" for name, held in found["checks"].items()),
+        table(("what has to hold", ""), [(name, "yes" if held else "NO") for name, held in found["checks"].items()]),
         "",
-        "| start | fault | from step | saved step | seconds | until it ended | exit status | its own words |",
-        "|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {i} | {n['fault']} | {n['from_step']} | {n['saved_step']} | {n['seconds']} | "
-            f"{n.get('seconds_to_end', '')} | {n['exit_status']} | {n['error'] or ''} |"
-            for i, n in enumerate(found["starts"], 1)
-        ),
+        table(head, starts),
         "",
         f"Images: {found['images']['vanished']} times one vanished, {found['images']['cut short']} times one was cut "
         f"short ({found['images']['different']} different ones), {found['images']['mended']} times one came back. Of "

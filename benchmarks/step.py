@@ -34,7 +34,7 @@ from hacl_llava import compat  # noqa: E402, F401, I001  (before llava)
 from hacl_llava.config import HaclConfig  # noqa: E402
 from hacl_llava.data import HaclCollator  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
-from hacl_llava.common.report import provenance  # noqa: E402
+from hacl_llava.common.report import COLOURS, provenance, pyplot, save, table  # noqa: E402
 from hacl_llava.modeling import IGNORE_INDEX, HaclLlavaLlamaForCausalLM  # noqa: E402
 
 # hidden, intermediate, layers, heads, vocabulary; the vision tower's hidden size and layers. The output layer has the
@@ -493,17 +493,18 @@ def largest_batch(args, steps, checkpointing):
 
 
 def rows_of(found):
-    """Lines of a Markdown table, each step against stock LLaVA's."""
+    """A Markdown table, each step against stock LLaVA's."""
     stock = found[STOCK]
     timed = any(row and "seconds" in row for row in found.values())
     counted = any(row and "flops" in row for row in found.values())
     head = ["step"] + ["time / A (quartiles)"] * timed + ["FLOPs / A", "tokens through the LLM"] * counted
     head += ["peak memory / A", "peak memory, MiB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for name, row in found.items():
         cells = [name]
+        rows.append(cells)
         if row is None:
-            lines.append("| " + " | ".join([name, *["does not fit"] * (len(head) - 1)]) + " |")
+            cells += ["does not fit"] * (len(head) - 1)
             continue
         if timed:
             low, middle, high = row["to_stock"]
@@ -511,8 +512,7 @@ def rows_of(found):
         if counted:
             cells += [f"{row['flops'] / stock['flops']:.4f}", f"{row['tokens']:,}"]
         cells += [f"{row['peak_bytes'] / stock['peak_bytes']:.3f}", f"{row['peak_bytes'] / 2**20:,.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return table(head, rows)
 
 
 def markdown(report):
@@ -521,28 +521,22 @@ def markdown(report):
     lines = ["# What HACL costs a training step", "", f"`{made['command']}`, {versions}, commit {made['commit']}.", ""]
     lines += [report["device"] + ".", ""]
     for part in report["parts"]:
-        lines += [f"## {part['title']}", "", part["note"], "", *rows_of(part["steps"]), ""]
+        lines += [f"## {part['title']}", "", part["note"], "", rows_of(part["steps"]), ""]
         if part.get("largest"):
             lines += ["Largest batch that fits: " + ", ".join(f"{k} {v}" for k, v in part["largest"].items()) + ".", ""]
     if report["sweep"]:
-        lines += [
-            "## FLOPs of other batches",
-            "",
-            "With gradient checkpointing; of B and C, to stock LLaVA's step.",
-            "",
-        ]
-        lines += ["| hallucinated captions an image | mean tokens of a caption | B / A | C / A |", "|---|---|---|---|"]
+        note = "With gradient checkpointing; of B and C, to stock LLaVA's step."
+        rows = []
         for row in report["sweep"]:
             a, b, c = (row["steps"][name]["flops"] for name in (STOCK, RELEASED, OURS))
-            lines.append(f"| {row['captions']} | {row['mean']} | {b / a:.3f} | {c / a:.4f} |")
-        lines.append("")
+            rows.append((row["captions"], row["mean"], f"{b / a:.3f}", f"{c / a:.4f}"))
+        head = ("hallucinated captions an image", "mean tokens of a caption", "B / A", "C / A")
+        lines += ["## FLOPs of other batches", "", note, "", table(head, rows), ""]
     return "\n".join(lines)
 
 
 def draw(report, path):
     """A panel a part: what each step costs, to stock LLaVA's."""
-    from hacl_llava.evaluation.plotting import COLOURS, pyplot, save
-
     plt = pyplot()
     parts = report["parts"]
     figure, axes = plt.subplots(

@@ -1,9 +1,7 @@
 """``hacl-llava demo``: stage 1 with HACL from nothing, the way a 7B run goes."""
 
 import ast
-import json
 import os
-import platform
 import shlex
 import shutil
 import socket
@@ -16,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import __version__
+from .common.files import write_json
+from .common.report import provenance
 from .config import HaclConfig, HaclError
 from .miniature import models, world
 
@@ -183,22 +182,10 @@ ROWS = (
 
 
 def _report(output, stage1, before, after, command, seed, images, seconds):
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    summary = {
-        "before": before,
-        "after": after,
-        "seed": seed,
-        "images": images,
-        "seconds": round(seconds),
-        "command": shlex.join(command),
-        "commit": commit or None,
-        "versions": {
-            "hacl_llava": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "deepspeed")},
-        },
-    }
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary = {"before": before, "after": after, "images": images, "seconds": round(seconds)}
+    summary |= {**provenance(seed), "command": shlex.join(command)}
+    summary["versions"]["deepspeed"] = version("deepspeed")
+    write_json(output / "summary.json", summary)
     print(f"\nOn {after['images']} held-out scenes, with two hallucinated captions each (chance: 0.01 and 0.33):\n")
     print(f"{'':34}{'before':>9}{'after':>9}")
     for key, text in ROWS:

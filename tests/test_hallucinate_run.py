@@ -878,6 +878,7 @@ def test_the_report_counts_what_was_made(tmp_path, capsys):
     assert found["without"] == {"not English": 1} and set(found["kinds"]) <= set(KINDS)
     assert found["settings"]["seed"] == 0 and found["settings"]["version"]
     assert "собака" in text and "## Candidates refused" in text and "not English" in text
+    assert r"A \| dog &lt;b&gt; on a \*bed\*" in text  # a caption is shown, never interpreted
     for table_row in (line for line in text.splitlines() if line.startswith("|")):
         assert table_row.endswith("|")
     picture = (tmp_path / "out.report.png").read_bytes()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hacl_llava import cli
-from hacl_llava.common.report import as_html, as_markdown, thumbnail
+from hacl_llava.common.report import Card, as_html, as_markdown, literal, provenance, table, thumbnail
 from hacl_llava.common.statistics import holm
 from hacl_llava.config import HaclError
 from hacl_llava.evaluation import report
@@ -315,6 +315,47 @@ def test_blocks_of_any_text_are_shown_as_they_are(tmp_path):
     text = as_markdown(blocks)
     assert r"1\. &lt;x&gt;" in text and r"- \- a" in text and r"- \+b" in text and r"| - | \| |" in text
     assert as_html([("text", '"<&')], "<t>", tmp_path).count("&lt;") == 2
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("loss_lm of a1_b", "loss_lm of a1_b"),  # CommonMark: no emphasis inside a word
+        ("_a_ __b__ c__d (_e)", r"\_a\_ \_\_b\_\_ c\_\_d (\_e)"),
+        ("**a** `b` ~c~ $x$", r"\*\*a\*\* \`b\` \~c\~ \$x\$"),
+        ("<b>&amp; ![i](x)", r"&lt;b&gt;&amp;amp; \!\[i\](x)"),
+        ("a | b\n\n# c\\|", r"a \| b # c\\\|"),
+        ("a #", r"a \#"),  # which would close a heading
+        (0.5, "0.5"),
+    ],
+)
+def test_markdown_means_nothing_but_the_text(text, shown):
+    assert literal(text) == shown and table((text,), [(text,)]).splitlines() == [
+        f"| {shown} |",
+        "| --- |",
+        f"| {shown} |",
+    ]
+
+
+def test_cards_and_pictures_of_any_words(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    cards = [Card("a.png", '"><b>', "<i>", [("<u>", "{{ 7 + 7 }}\n- x", "<s>")]), Card(None, "<p>_gone_", "n", [])]
+    blocks = [("gallery", cards), ("figure", "a.png", "[x](y)"), ("code", "a\n\n<b>"), ("text", "after")]
+    page, markdown = as_html(blocks, "t", tmp_path), as_markdown(blocks)
+    assert not re.search(r"<(?:b>\"|i>|u>|s>|p>_)", page) and page.count("data:image/png;base64,") == 2
+    assert "<p><b>&lt;u&gt;</b> <em>(&lt;s&gt;)</em>" in page and "no picture: &lt;p&gt;_gone_" in page
+    assert "{{ 7 + 7 }}\n- x" in page  # a text is no template
+    assert markdown == (
+        '!["&gt;&lt;b&gt;](a.png)\n\n- &lt;i&gt;\n- **&lt;u&gt;** (&lt;s&gt;): {{ 7 + 7 }} - x\n\n'
+        "(no picture: &lt;p&gt;\\_gone\\_)\n\n- n\n\n"
+        "![\\[x\\](y)](a.png)\n\n\\[x\\](y)\n\n    a\n    \n    <b>\n\nafter\n"
+    )
+
+
+def test_provenance_names_what_ran():
+    found = provenance(3)
+    assert found["seed"] == 3 and found["versions"]["torch"] and found["versions"]["python"] and found["command"]
+    assert found["commit"] is None or re.fullmatch("[0-9a-f]{40}", found["commit"])
 
 
 def test_damaged_files_are_named_and_not_fatal(tmp_path, two, capsys):

@@ -93,8 +93,8 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 def literal(text: Any) -> str:
     """Markdown that shows this text, on one line, and means nothing else."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # Between letters or digits _ means nothing, and names stay easy to read and to search for.
-    return re.sub(r"([\\`*|\[\]$!~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+    # A # at the end would close a heading. Between letters or digits _ means nothing: names stay easy to search for.
+    return re.sub(r"([\\`*|\[\]$!~]|#$|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 
 
 def literal_line(text: Any) -> str:
