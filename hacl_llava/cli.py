@@ -16,14 +16,9 @@ KNOWN_TO_WORK = (
 
 def _env(args):
     """Print versions and devices; exit status 1 if something needed is missing."""
-    import importlib.metadata
     import platform
 
-    def version(name):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+    from .common.report import version
 
     names = ("torch", "transformers", "accelerate", "peft", "deepspeed", "sentencepiece", "protobuf", "einops")
     found = {name: version(name) for name in names}

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 import types
-from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .common.files import write_json
-from .common.report import provenance
+from .common.report import provenance, version
 from .config import HaclConfig, HaclError
 from .miniature import models, world
 

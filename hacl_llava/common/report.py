@@ -68,15 +68,18 @@ def as_words(value: Any) -> str:
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1…", text)  # of a digest or commit the beginning will do
 
 
+def version(distribution: str) -> str | None:
+    """The version of a distribution that is installed here; None: it is not."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """What made a result: versions, command line, commit of the checkout if there is one, and the seed."""
-    names = {"torch": "torch", "transformers": "transformers", "llava": "llava-torch"}
     versions = {"hacl_llava": __version__, "python": platform.python_version()}
-    for name, distribution in names.items():
-        try:
-            versions[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    versions |= {"torch": version("torch"), "transformers": version("transformers"), "llava": version("llava-torch")}
     # Only of this package's own checkout: installed elsewhere, git would answer for whatever repository lies around it.
     root = Path(__file__).parents[2]
     commit = None
@@ -108,8 +111,7 @@ def table(head: Sequence, rows: Iterable[Sequence]) -> str:
     Args:
         head: names of the columns. rows: of as many cells each.
     """
-    lines = [head, *rows]
-    lines = ["| " + " | ".join(map(literal, line)) + " |" for line in lines]
+    lines = ["| " + " | ".join(map(literal, line)) + " |" for line in (head, *rows)]
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 

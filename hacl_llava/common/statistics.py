@@ -5,8 +5,10 @@ failed and is passed over. The bootstrap resamples images with all their items, 
 not independent (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13).
 """
 
+import itertools
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +27,7 @@ class Counts(dict):
         return np.zeros_like(next(iter(self.values()), np.zeros(())), dtype=float)
 
 
-Metrics = Mapping[str, Callable[[Counts], ArrayLike]]
-"""Name -> function of `Counts`, as a task's ``METRICS``."""
+Metrics = Mapping[str, Callable[[Counts], ArrayLike]]  # name -> function of the sums, as a task's ``METRICS``
 
 
 def ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
@@ -213,9 +214,6 @@ def correct_pairs(items_a: Iterable[dict], items_b: Iterable[dict]) -> tuple[int
         HaclError: an id comes twice in a run.
     """
     a, b = _by_id(items_a), _by_id(items_b)
-    found = [0, 0, 0, 0]
-    for key in a:
-        if key in b and "correct" in a[key]["counts"] and "correct" in b[key]["counts"]:
-            right_a, right_b = a[key]["counts"]["correct"], b[key]["counts"]["correct"]
-            found[0 if right_a and right_b else 1 if right_a else 2 if right_b else 3] += 1
-    return tuple(found)
+    counts = [(a[key]["counts"], b[key]["counts"]) for key in a if key in b]
+    found = Counter((bool(x["correct"]), bool(y["correct"])) for x, y in counts if "correct" in x and "correct" in y)
+    return tuple(found[pair] for pair in itertools.product((True, False), repeat=2))

@@ -1,6 +1,5 @@
 """Pictures of representations, drawn with matplotlib into PNG files; the paper's Figure 1 and two charts beside it."""
 
-import contextlib
 import importlib.util
 import textwrap
 
@@ -47,7 +46,7 @@ def draw(out, found, analysis, spaces, methods, seed=0):
         if here:
             made += _draw_points(out, space, title, here, methods, seed)
         if here and len(here[0][2]):
-            made += _draw_pairs(out, space, title, here)
+            made.append(_draw_pairs(out, space, title, here))
     return made
 
 
@@ -88,13 +87,8 @@ def _draw_pairs(out, space, title, models):
         shares.append((name, {"all": everything, **numbers["closer_to_true_by_kind"]}))
     closer = _file("closer_to_true", space)
     closer_chart(out / closer, shares, f"Is the image closer to its true caption? ({title})")
-    return [
-        {
-            "file": closer,
-            "title": f"Closer to true ({title})",
-            "note": "share of pairs, in all and by what the hallucinated caption gets wrong, with 95 % intervals",
-        },
-    ]
+    note = "share of pairs, in all and by what the hallucinated caption gets wrong, with 95 % intervals"
+    return {"file": closer, "title": f"Closer to true ({title})", "note": note}
 
 
 def project(x, method, seed=0):
@@ -208,19 +202,6 @@ def _square(groups):
     return [(middle - half, middle + half) for middle in (low + high) / 2]
 
 
-@contextlib.contextmanager
-def _chart(path, heading, height, grid="both"):
-    """A picture of one axis, written to ``path`` at the end."""
-    plt = pyplot()
-    with plt.rc_context(_TEXT):
-        figure, axis = plt.subplots(figsize=(8.4, height))
-        axis.set_title(textwrap.fill(heading, 74))
-        _grid(axis, grid)
-        yield axis
-        figure.tight_layout()
-        save(figure, path)
-
-
 def closer_chart(path, models, heading):
     """Share of pairs closer to the true caption, by kind of hallucination, with intervals and the line of chance.
 
@@ -229,7 +210,11 @@ def closer_chart(path, models, heading):
     """
     labels = list(dict.fromkeys(label for _, rows in models for label in rows))
     counts = {label: row["count"] for _, rows in models for label, row in rows.items()}
-    with _chart(path, heading, 1.9 + 0.3 * len(labels) * (1 + len(models) * 0.6), "x") as axis:
+    plt = pyplot()
+    with plt.rc_context(_TEXT):
+        figure, axis = plt.subplots(figsize=(8.4, 1.9 + 0.3 * len(labels) * (1 + len(models) * 0.6)))
+        axis.set_title(textwrap.fill(heading, 74))
+        _grid(axis, "x")
         for k, (name, rows) in enumerate(models):
             offset = (k - (len(models) - 1) / 2) * 0.6 / len(models)
             here = [label for label in labels if label in rows]
@@ -245,3 +230,5 @@ def closer_chart(path, models, heading):
         axis.set_xlim(-0.02, 1.02)
         axis.set_xlabel("share of pairs in which the image is closer to its true caption (bars: 95 %)")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        figure.tight_layout()
+        save(figure, path)
