@@ -1,25 +1,32 @@
 """``hacl-llava chat``: a first look at a LLaVA checkpoint, in the terminal."""
 
+import argparse
 import contextlib
 import copy
+import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from . import compat  # noqa: F401  (before llava)
 from .common.images import open_image
 from .config import HaclError
-from .loading import load_pretrained
+from .loading import Loaded, load_pretrained
 
 # isort: split
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, conv_templates
+from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HELP = """/image FILE  start anew with this image
 /reset       start anew with the same image
@@ -32,7 +39,12 @@ _SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon_cut
 HINT = "; give the path of an image"
 
 
-def default_template(path, base, config, tokenizer):
+def default_template(
+    path: str | os.PathLike,
+    base: str | os.PathLike | None,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
     """The conversation template that a checkpoint was trained with, as far as its kind and names tell.
 
     Args:
@@ -52,7 +64,9 @@ def default_template(path, base, config, tokenizer):
     return "llava_llama_2" if "llama-2" in name else "chatml_direct" if "v1.6-34b" in name else "v1"
 
 
-def generation_settings(model, tokenizer, temperature=0.0):
+def generation_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 0.0
+) -> GenerationConfig:
     """A checkpoint's own generation settings, without what is not for one answer or (temperature 0) a greedy one.
 
     Returns:
@@ -71,7 +85,13 @@ def generation_settings(model, tokenizer, temperature=0.0):
     return settings
 
 
-def prompt_ids(turns, template, tokenizer, config, image=True):
+def prompt_ids(
+    turns: Sequence[tuple[str, str | None]],
+    template: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    image: bool = True,
+) -> torch.Tensor:
     """The prompt of a conversation, built as LLaVA's ``eval/model_vqa_loader.py`` builds that of one question.
 
     Args:
@@ -147,7 +167,14 @@ class Chat:
     Setting ``stopped`` while an answer is written ends it after the next token.
     """
 
-    def __init__(self, loaded, template, temperature=0.0, max_new_tokens=512, out=None):
+    def __init__(
+        self,
+        loaded: Loaded,
+        template: str,
+        temperature: float = 0.0,
+        max_new_tokens: int = 512,
+        out: TextIO | None = None,
+    ) -> None:
         self.tokenizer, self.model, self.image_processor, context = loaded
         self.template, self.out, self.max_new_tokens = conv_templates[template], out or sys.stdout, max_new_tokens
         self.plain = self.template.sep_style == SeparatorStyle.PLAIN
@@ -161,7 +188,7 @@ class Chat:
         self.settings = settings = generation_settings(self.model, self.tokenizer, temperature)
         self.model.generation_config = settings  # newer transformers looks there for what it finds unset
 
-    def show(self, image):
+    def show(self, image: "Image") -> None:
         """Start anew with an image (PIL, RGB).
 
         Raises:
@@ -178,7 +205,7 @@ class Chat:
             parts = self.model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, pixels, sizes)
         self.turns, self.pixels, self.sizes, self.image_tokens = [], pixels, sizes, parts[4].shape[1] - 1
 
-    def ask(self, question):
+    def ask(self, question: str) -> str:
         """Write the answer to ``out`` as it comes; both join the conversation.
 
         Where it grows longer than the model's context, its oldest turns are dropped, and stderr says so.
@@ -225,7 +252,7 @@ class Chat:
         return prompt_ids(turns, self.template, self.tokenizer, self.model.config, image).to(self.model.device)
 
 
-def check_arguments(args):
+def check_arguments(args: argparse.Namespace) -> None:
     """Refuse ``args.device`` where this machine has no such, and ``args.conv`` where LLaVA has no such template."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", *(["cuda"] if gpus else []), *gpus]
@@ -235,12 +262,12 @@ def check_arguments(args):
         raise HaclError(f"--conv is {args.conv!r}; allowed are: {', '.join(sorted(conv_templates))}.")
 
 
-def say(text):
+def say(text: str) -> None:
     """Print what is no answer."""
     print(text, file=sys.stderr, flush=True)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     """Answer one question on stdout, or talk until the user ends it.
 
     Args:

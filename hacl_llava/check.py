@@ -17,10 +17,11 @@ import sys
 import time
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import __version__
 from .common.files import write_text
@@ -78,14 +79,15 @@ class Finding(NamedTuple):
     text: str
 
     @property
-    def severity(self):
+    def severity(self) -> str:
+        """ "error" or "warning"."""
         return "error" if self.kind in ERRORS else "warning"
 
 
 # --- one record -------------------------------------------------------------------------------------------------------
 
 
-def text_findings(record, plain, max_length=None):
+def text_findings(record: Any, plain: bool, max_length: int | None = None) -> list[tuple[str, str]]:
     """(kind, text) of what is wrong with a record by itself, errors first; no file is opened.
 
     Args:
@@ -188,7 +190,7 @@ class Folders:
         root: the image folder.
     """
 
-    def __init__(self, root):
+    def __init__(self, root: str | os.PathLike | None) -> None:
         self.root = root or ""
         self._real = functools.lru_cache(maxsize=None)(lambda folder: os.path.join(os.path.realpath(folder), ""))
         self._listed, self._stems = {}, {}
@@ -205,7 +207,7 @@ class Folders:
                 self._listed[folder] = error
         return self._listed[folder]
 
-    def finding(self, image):
+    def finding(self, image: str) -> tuple[str, str] | None:
         """(kind, text) if the image is not there, or leads outside; else None."""
         try:
             path = image_path(self.root, image)
@@ -243,7 +245,7 @@ def _stem(name):
     return unicodedata.normalize("NFC", os.path.splitext(name)[0]).casefold()
 
 
-def image_findings(path, pad):
+def image_findings(path: str, pad: bool) -> list[tuple[str, str]]:
     """(kind, text) of what is wrong with an image file, which is opened and decoded as LLaVA does it.
 
     Args:
@@ -302,7 +304,7 @@ class TokenCheck:
         HaclError: the tokenizer cannot be loaded.
     """
 
-    def __init__(self, name, version, max_length):
+    def __init__(self, name: str, version: str, max_length: int) -> None:
         from . import compat  # noqa: F401  (before llava)
 
         # isort: split
@@ -322,7 +324,7 @@ class TokenCheck:
         self.plain, self.max_length = version == "plain", max_length
         self.arguments = argparse.Namespace(is_multimodal=True, mm_use_im_start_end=False)
 
-    def __call__(self, record):
+    def __call__(self, record: dict[str, Any]) -> list[tuple[str, str]]:
         """(kind, text) of what is wrong with it."""
         library, with_image = self.stock.conversation_lib, "image" in record
         before, library.default_conversation = library.default_conversation, self.template
@@ -354,17 +356,17 @@ class TokenCheck:
 
 
 def find(
-    records,
-    image_folder,
-    plain,
-    max_length=None,
-    full=False,
-    pad=False,
-    workers=1,
-    tokenizer=None,
-    ids=False,
-    progress=False,
-):
+    records: Sequence[Any],
+    image_folder: str | os.PathLike | None,
+    plain: bool,
+    max_length: int | None = None,
+    full: bool = False,
+    pad: bool = False,
+    workers: int = 1,
+    tokenizer: tuple[str, str, int] | None = None,
+    ids: bool = False,
+    progress: bool = False,
+) -> list[Finding]:
     """All findings of a list of records, by their order there.
 
     Args:
@@ -455,12 +457,12 @@ def _each(function, values, workers, label, progress):
         pool.shutdown(cancel_futures=True)
 
 
-def cores():
+def cores() -> int:
     """How many processes this one may keep busy."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def refusal(path, records, errors):
+def refusal(path: str | os.PathLike, records: Sequence[Any], errors: Sequence[Finding]) -> DataError:
     """The `DataError` that names the first of these findings, says how many there are, and what to do."""
     first, bad = errors[0], len({f.index for f in errors})
     more = "" if bad == 1 else f" {bad} of {len(records)} records cannot be used."
@@ -474,7 +476,7 @@ def refusal(path, records, errors):
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
-def check_run(model, data, training):
+def check_run(model: Any, data: Any, training: Any) -> None:
     """What ``--hacl_check_data`` and ``--hacl_bad_records`` say, before anything costly is loaded.
 
     Every rank calls it. Sets on ``data``, for the dataset: ``hacl_bad_records``, the path of the list, and
@@ -554,7 +556,7 @@ def _whole(text):
     return int(text)
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give an argparse parser the command's arguments."""
     add = parser.add_argument
     add("json", metavar="JSON", help="LLaVA-format json or json lines, .gz or not")
@@ -577,7 +579,7 @@ def add_arguments(parser):
     add("--write", metavar="FILE", help="write the records that can be used (.json, .jsonl, .gz by its name)")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:

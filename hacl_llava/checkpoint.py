@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +19,9 @@ from safetensors.torch import save_file
 
 from .common import files as common_files
 from .config import HaclError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHARD = 5 * 10**9  # bytes of weights in a file
 _PAD_TO = 64  # rows of the vocabulary, as the published llava-hf checkpoints have it
@@ -43,7 +48,7 @@ class Weights:
         CheckpointError: there are none, a shard is missing, or a file is damaged.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._open = (None, None)  # the one file that is held
         self._where = dict(sorted(self._find().items(), key=lambda found: found[1]))  # shard by shard
@@ -88,13 +93,13 @@ class Weights:
                 raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}: {first}){code}.") from None
         return self._open[1]
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
-    def file(self, name):
+    def file(self, name: str) -> Path:
         """The file that holds a tensor."""
         if name not in self._where:
             raise CheckpointError(f"{self.path}: has no tensor {name!r}.")
@@ -108,22 +113,22 @@ class Weights:
         except Exception:  # an index that names a tensor which its shard does not hold
             raise CheckpointError(f"{file}: lacks the tensor {name!r} that the index names in it.") from None
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> torch.Tensor:
         return self._of(name, "get_tensor")
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Its shape as a tuple, without reading the tensor."""
         found = self._of(name, "get_slice")
         return tuple(found.get_shape() if hasattr(found, "get_shape") else found.shape)
 
 
-def is_whole(folder):
+def is_whole(folder: str | os.PathLike) -> bool:
     """Whether a folder has a model's weights, rather than a projector or an adapter alone (or nothing)."""
     names = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
     return any((Path(folder) / name).exists() for name in names)
 
 
-def local_folder(path):
+def local_folder(path: str | os.PathLike) -> Path:
     """A folder as it is, or a name on the hub as the folder that it was downloaded to.
 
     Raises:
@@ -144,7 +149,7 @@ def local_folder(path):
     raise CheckpointError(f"{path}: is no folder; give a checkpoint's folder or its name on the hub.")
 
 
-def check_base(folder, config, base):
+def check_base(folder: str | os.PathLike, config: dict[str, Any], base: str | os.PathLike) -> int | None:
     """Refuse a base whose sizes are not those that a projector or a LoRA was trained with.
 
     Args:
@@ -164,7 +169,7 @@ def check_base(folder, config, base):
     return text.get("vocab_size", config.get("vocab_size"))
 
 
-def read_json(path):
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a json file; CheckpointError where there is none."""
     return common_files.read_json(path, error=CheckpointError, expected=dict)
 
@@ -176,11 +181,11 @@ class Folder:
         CheckpointError: it exists already, or cannot be written (a full disk, say); nothing is left behind then.
     """
 
-    def __init__(self, target):
+    def __init__(self, target: str | os.PathLike) -> None:
         self.target = Path(target)
         self.part = self.target.with_name(self.target.name + ".part")
 
-    def __enter__(self):
+    def __enter__(self) -> Path:
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
             raise CheckpointError(f"{self.target}: exists already; choose another folder, or remove it.")
         shutil.rmtree(self.part, ignore_errors=True)
@@ -190,7 +195,7 @@ class Folder:
             raise CheckpointError(f"{self.part}: cannot be made ({error.strerror}).") from None
         return self.part
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if kind is None:
             if self.target.exists():
                 self.target.rmdir()
@@ -284,7 +289,7 @@ def _llava_config(source):
     return config
 
 
-def tower_folder(tower, source):
+def tower_folder(tower: str | os.PathLike, source: str | os.PathLike) -> Path:
     """The folder of a vision tower, given as a path (from here or from the checkpoint ``source``) or a hub name."""
     for folder in (Path(tower), Path(source) / tower):
         if (folder / "config.json").exists():
@@ -327,7 +332,12 @@ def _more_rows(tensor, rows):
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
-def export_to_hf(source, target, base=None, vision_tower=None):
+def export_to_hf(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+) -> None:
     """Write a LLaVA checkpoint as Hugging Face's ``LlavaForConditionalGeneration``, with its processor.
 
     The tokenizer gets ``<image>`` and ``<pad>`` after its own tokens, and the vocabulary rows up to a multiple of 64,
@@ -442,7 +452,9 @@ def export_to_hf(source, target, base=None, vision_tower=None):
         _save_json(folder / "chat_template.json", {"chat_template": _PROMPT})
 
 
-def config_from_hf(config, tower, source="config.json"):
+def config_from_hf(
+    config: dict[str, Any], tower: str, source: str | os.PathLike = "config.json"
+) -> tuple[dict[str, Any], int]:
     """LLaVA's config.json for that of a ``LlavaForConditionalGeneration``, and the rows of its own vocabulary.
 
     Args:
@@ -485,12 +497,12 @@ def config_from_hf(config, tower, source="config.json"):
     }, rows
 
 
-def names_from_hf(weights):
+def names_from_hf(weights: Weights) -> dict[str, str]:
     """{name in a Hugging Face checkpoint: name in LLaVA's}; the tower's begin with ``vision_tower.vision_model.``."""
     return {n: _renamed(n, _TO_LLAVA, weights.path) for n in weights if not _NOT_KEPT.search(n)}
 
 
-def write_tower(folder, source, vision):
+def write_tower(folder: Path, source: str | os.PathLike, vision: dict[str, Any]) -> None:
     """Write the vision tower of a Hugging Face checkpoint as one of its own, as LLaVA loads it.
 
     Args:
@@ -503,7 +515,9 @@ def write_tower(folder, source, vision):
     _copy(source, folder, "preprocessor_config.json")
 
 
-def import_from_hf(source, target, vision_tower=None):
+def import_from_hf(
+    source: str | os.PathLike, target: str | os.PathLike, vision_tower: str | os.PathLike | None = None
+) -> None:
     """Write a ``LlavaForConditionalGeneration`` checkpoint as LLaVA's own format, as stock LLaVA loads it.
 
     Rows that were added for ``<image>`` and padding are left out, so that LLaVA -> Hugging Face -> LLaVA gives the same
@@ -547,7 +561,9 @@ def import_from_hf(source, target, vision_tower=None):
             write_tower(folder / "vision_tower", source, vision)
 
 
-def save_tokenizer(tokenizer, folder, origin):
+def save_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase | None", folder: str | os.PathLike, origin: str | os.PathLike
+) -> None:
     """Write a tokenizer as LLaVA's tools on every transformers read it: with the files of its origin, where there are.
 
     transformers 5 writes no tokenizer.model, and settings that older ones cannot read or read otherwise.

@@ -11,6 +11,12 @@ import inspect
 import os
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 LLAVA_INSTALL = "pip install --no-deps llava-torch==1.2.2.post1"
 LLAVA_VERSION = "1.2.2.post1"
@@ -283,7 +289,7 @@ def _trainer_methods(trainer_class):
         trainer_class._save_checkpoint = _save_checkpoint
 
 
-def savable_generation_config(model):
+def savable_generation_config(model: "PreTrainedModel") -> None:
     """Make a model's generation settings ones that can be saved.
 
     Vicuna's have a temperature without do_sample, which newer transformers refuse to write: after the training (LLaVA
@@ -294,7 +300,13 @@ def savable_generation_config(model):
         settings.do_sample = True
 
 
-def rotary(model, layer, states, value, positions):
+def rotary(
+    model: "torch.nn.Module",
+    layer: "torch.nn.Module",
+    states: "torch.Tensor",
+    value: "torch.Tensor",
+    positions: "torch.Tensor",
+) -> "Sequence[torch.Tensor]":
     """Cosines and sines ``[R, T, width of a head]`` of rotary positions, as a decoder layer of the LLM uses them.
 
     They belong to the model since transformers 4.48, to each layer's attention before; first as tables by length, with
@@ -308,13 +320,13 @@ def rotary(model, layer, states, value, positions):
     return [table[positions] for table in embedding(value, seq_len=value.shape[-2])]
 
 
-def end_in_order():
+def end_in_order() -> None:
     """Close the process groups when the interpreter ends; for a process that is through with its work."""
     atexit.unregister(_close_process_groups)
     atexit.register(_close_process_groups)
 
 
-def order_is_of_one_rank():
+def order_is_of_one_rank() -> bool:
     """Whether a run on one rank draws another order of the data than a run on several, as with transformers 4.37."""
     import transformers.trainer_pt_utils as utils
 

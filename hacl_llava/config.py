@@ -1,8 +1,8 @@
 """Every HACL setting in one checked place. Standard library only."""
 
 import os
-from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, Literal
 
 NEGATIVES = Literal["own", "batch", "global"]
 CHECK_DATA = Literal["fast", "full", "off"]
@@ -18,7 +18,7 @@ class DataError(HaclError):
     """Input data that cannot be used; the message names the file and the record."""
 
 
-def on_first_rank():
+def on_first_rank() -> bool:
     """Whether this process is the one that speaks (the launchers set RANK)."""
     return int(os.environ.get("RANK", 0)) == 0
 
@@ -71,7 +71,7 @@ class HaclConfig:
         "tokens alone, as the released code has it (needs --hacl_fused False).",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def refuse(name, allowed):
             raise HaclError(f"hacl_{name} is {getattr(self, name)!r}, allowed is {allowed}.")
 
@@ -93,20 +93,21 @@ class HaclConfig:
             refuse("negatives", "'own' or 'batch' while hacl_gather is False")
 
     @classmethod
-    def from_arguments(cls, arguments):
+    def from_arguments(cls, arguments: Any) -> "HaclConfig":
         """Read the ``hacl_*`` attributes of parsed arguments; an attribute that is missing keeps its default."""
         names = [f.name for f in fields(cls)]
         return cls(**{n: getattr(arguments, f"hacl_{n}") for n in names if hasattr(arguments, f"hacl_{n}")})
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "HaclConfig":
         """Rebuild from ``to_dict``; keys that this version does not know are refused by name."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise HaclError(f"unknown HACL settings {unknown}; known are {[f.name for f in fields(cls)]}.")
         return cls(**values)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name, for json."""
         return asdict(self)
 
 
@@ -141,7 +142,7 @@ class RunSettings:
         "records' ids, skip goes on and lists them in OUTPUT_DIR/nonfinite.jsonl.",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed in (("check_data", CHECK_DATA), ("bad_records", BAD_RECORDS), ("nonfinite", NONFINITE)):
             if getattr(self, name) not in allowed.__args__:
                 raise HaclError(
@@ -151,7 +152,7 @@ class RunSettings:
             raise HaclError(f"hacl_max_failed is {self.max_failed}, allowed is a number >= 0.")
 
     @classmethod
-    def from_arguments(cls, arguments):
+    def from_arguments(cls, arguments: Any) -> "RunSettings":
         """Read the ``hacl_*`` attributes of parsed arguments; an attribute that is missing keeps its default."""
         names = [f.name for f in fields(cls)]
         return cls(**{n: getattr(arguments, f"hacl_{n}") for n in names if hasattr(arguments, f"hacl_{n}")})
@@ -160,7 +161,7 @@ class RunSettings:
 USE_HACL = "Train with HACL: contrast each image with its caption, with hallucinated captions as hard negatives."
 
 
-def hacl_argument_fields(use_hacl):
+def hacl_argument_fields(use_hacl: bool) -> list[tuple[str, Any, Field]]:
     """``(name, type, field)`` of ``--use_hacl``, with this default, and of each ``--hacl_*`` flag.
 
     As ``dataclasses.make_dataclass`` takes them.

@@ -3,8 +3,11 @@
 import functools
 import os
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from . import compat  # noqa: F401  (before llava)
 from .common import jsonl
@@ -23,7 +26,7 @@ from .records import (
 import llava.train.train as stock
 
 
-def read_records(path):
+def read_records(path: str | os.PathLike) -> list[Any]:
     """Read a LLaVA-format json, or json lines, gzipped or not: a list of records.
 
     Raises:
@@ -52,15 +55,15 @@ class BadRecords:
         path: of the file. limit: how many may fail while training runs; of all ranks that share the file.
     """
 
-    def __init__(self, path, limit):
+    def __init__(self, path: str | os.PathLike, limit: int) -> None:
         self.path, self.limit = os.fspath(path), limit
         self._unwritten = []  # of this process, on a full disk
 
-    def read(self):
+    def read(self) -> list[dict[str, Any]]:
         """Lines of the file, as dicts; a line that a kill or a full disk cut is passed over."""
         return list(jsonl.read(self.path))
 
-    def replace(self, entries):
+    def replace(self, entries: Sequence[dict[str, Any]]) -> None:
         """Start the file anew with these, or without any remove it; it appears whole."""
         if not entries:
             if os.path.exists(self.path):
@@ -69,7 +72,7 @@ class BadRecords:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         jsonl.write(self.path, entries)
 
-    def add(self, entry):
+    def add(self, entry: dict[str, Any]) -> None:
         """Append one that failed while training runs, unless it is listed.
 
         Raises:
@@ -98,7 +101,7 @@ class BadRecords:
         )
 
 
-def entry_of(path, index, record, problem, when):
+def entry_of(path: str | os.PathLike, index: int, record: Any, problem: str, when: str) -> dict[str, Any]:
     """A record as a line of `BadRecords` has it."""
     known = record if isinstance(record, dict) else {}
     entry = {"file": os.fspath(path), "index": index}
@@ -106,7 +109,7 @@ def entry_of(path, index, record, problem, when):
     return {**entry, "problem": problem, "when": when}
 
 
-def tokenize_caption(text, tokenizer):
+def tokenize_caption(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
     """Token ids of a caption from BOS to EOS; one that is too long is cut so that EOS stays.
 
     Returns:
@@ -138,7 +141,7 @@ class GuardedDataset(stock.LazySupervisedDataset):
     file.
     """
 
-    def __init__(self, data_path, tokenizer, data_args):
+    def __init__(self, data_path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, data_args: Any) -> None:
         torch.utils.data.Dataset.__init__(self)
         self.tokenizer, self.data_args, self.data_path = tokenizer, data_args, data_path
         records, left_out = read_records(data_path), getattr(data_args, "hacl_left_out", None) or ()
@@ -150,7 +153,7 @@ class GuardedDataset(stock.LazySupervisedDataset):
         if left_out and on_first_rank():
             print(f"HACL data: {len(left_out)} of {len(records)} records are left out, listed in {path}.")
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         try:
             item = self._item(i)
         except Exception as error:
@@ -214,7 +217,7 @@ class HaclDataset(GuardedDataset):
     so that every batch on every rank has the same number of rows.
     """
 
-    def __init__(self, data_path, tokenizer, data_args):
+    def __init__(self, data_path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, data_args: Any) -> None:
         super().__init__(data_path, tokenizer, data_args)
         limit = getattr(data_args, "hacl_num_hallucinated", -1)
         found = [_number_of_hallucinated(r) for r in self.list_data_dict]
@@ -262,7 +265,7 @@ class HaclCollator:
     texts fit into few rows: ``packed_texts``, ``packed_columns``, ``packed_starts``, ``packed_at`` (`layout.pack`).
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.stock = stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer)
 
@@ -274,7 +277,7 @@ class HaclCollator:
                 out[: len(row)] = row
         return ids, lengths
 
-    def __call__(self, instances):
+    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         extra = ("caption_ids", "hallucinated_ids")
         batch = self.stock([{k: v for k, v in x.items() if k not in extra} for x in instances])
         batch["caption_ids"], batch["caption_lengths"] = self._pad([x["caption_ids"] for x in instances])
@@ -291,23 +294,23 @@ class HaclCollator:
 class WithRecordIndices:
     """A collator that adds ``record_indices`` ``[B]``, which rows of the dataset the batch is of; not for the model."""
 
-    def __init__(self, collator):
+    def __init__(self, collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collator = collator
 
-    def __call__(self, instances):
+    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(instances)
         batch["record_indices"] = torch.tensor([x["record_index"] for x in instances])
         return batch
 
 
-def make_hacl_data_module(tokenizer, data_args):
+def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) -> dict[str, Any]:
     """In place of LLaVA's `make_supervised_data_module`: dataset, collator, and no evaluation set."""
     dataset = HaclDataset(data_args.data_path, tokenizer, data_args)
     collator = WithRecordIndices(HaclCollator(tokenizer))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 
-def make_plain_data_module(tokenizer, data_args):
+def make_plain_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) -> dict[str, Any]:
     """The same without HACL: LLaVA's own batches, and ``record_indices``."""
     dataset = GuardedDataset(data_args.data_path, tokenizer, data_args)
     collator = WithRecordIndices(stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer))

@@ -25,7 +25,7 @@ BATCH = 32
 LLM_STEPS, TOWER_STEPS, LOGGING_STEPS = 600, 400, 10
 
 
-def run(output, images=6000, epochs=5, seed=0, processes=1):
+def run(output: str | os.PathLike, images: int = 6000, epochs: int = 5, seed: int = 0, processes: int = 1) -> int:
     """Make data and models, train, measure before and after, and print what came of it.
 
     Args:
@@ -87,7 +87,8 @@ def run(output, images=6000, epochs=5, seed=0, processes=1):
     return 0
 
 
-def free_port():
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])

@@ -1,7 +1,10 @@
 """Batches whose loss or gradient is not finite stay away from the weights, and are named."""
 
 import math
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +30,13 @@ class NonFiniteGuard:
         name: from the index of a record to a dict that names it, for messages and the file.
     """
 
-    def __init__(self, policy, folder, scaled=False, name=lambda index: {"index": index}):
+    def __init__(
+        self,
+        policy: str,
+        folder: str | os.PathLike,
+        scaled: bool = False,
+        name: Callable[[int], dict[str, Any]] = lambda index: {"index": index},
+    ) -> None:
         self.policy, self.path, self.scaled, self.name = policy, Path(folder) / FILE, scaled, name
         self.found = 0  # micro-batches of all ranks, since the start
         self.lost, self.seen = 0, 0  # without a finite loss, and all: of all ranks, since `take_counts`
@@ -36,7 +45,7 @@ class NonFiniteGuard:
         self._current = self._flags = None
         self._watched = False
 
-    def watch(self, parameters):
+    def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Hook the gradients of those that train; once, whatever wraps the model."""
         if not self._watched:
             for parameter in parameters:
@@ -44,20 +53,20 @@ class NonFiniteGuard:
                     parameter.register_hook(self._hook)
         self._watched = True
 
-    def begin(self, step, records=None):
+    def begin(self, step: int, records: torch.Tensor | None = None) -> None:
         """A micro-batch begins. step: as the log counts. records: ``[B]`` indices on any device, or None."""
         if len(self._pending) >= _KEPT:
             self.read()
         self._current, self._flags = (step, records), None
 
-    def see(self, loss, own=None):
+    def see(self, loss: torch.Tensor, own: torch.Tensor | None = None) -> None:
         """Between forward and backward. loss: any shape. own: 0-d bool, whether all was finite before ranks mixed."""
         if self._current is not None:
             bad = ~torch.isfinite(loss.detach()).all()
             # not finite: the loss, a gradient, what this rank itself put in
             self._flags = torch.stack([bad, torch.zeros_like(bad), bad if own is None else ~own])
 
-    def end(self, loss):
+    def end(self, loss: torch.Tensor) -> torch.Tensor:
         """After backward. Returns the loss, with 0 for one that is not finite."""
         if self._flags is not None:
             self._pending.append((*self._current, self._flags))
@@ -71,13 +80,13 @@ class NonFiniteGuard:
             self._flags[1].logical_or_(~torch.isfinite(torch.linalg.vector_norm(grad.detach(), math.inf)))
         return grad.masked_fill(self._flags[:2].any(), 0)
 
-    def take_counts(self):
+    def take_counts(self) -> tuple[int, int]:
         """``(lost, seen)`` since the last call: micro-batches of all ranks without a finite loss, and all."""
         counts = self.lost, self.seen
         self.lost = self.seen = 0
         return counts
 
-    def read(self):
+    def read(self) -> None:
         """Look at what was kept since the last call; every rank must call it at the same moment.
 
         Raises:

@@ -9,6 +9,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -26,7 +27,7 @@ SAVING = (
 _STOCK = "_hacl_stock_names"
 
 
-def install(namespace, use_hacl=False, stage=None):
+def install(namespace: dict[str, Any], use_hacl: bool = False, stage: int | None = None) -> None:
     """Let LLaVA's train() know ``--use_hacl`` and the ``--hacl_*`` flags.
 
     `train()` looks its classes up as globals of its module while it runs; those in `NAMES` and `SAVING` are
@@ -87,7 +88,7 @@ def install(namespace, use_hacl=False, stage=None):
     namespace.update(hacl, **_argument_classes(stock, use_hacl, choose, stage))
 
 
-def uninstall(namespace):
+def uninstall(namespace: dict[str, Any]) -> None:
     """Put LLaVA's own names back."""
     namespace.update(namespace.pop(_STOCK, {}))
 

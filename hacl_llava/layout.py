@@ -4,13 +4,14 @@ All shapes follow from shapes that the host knows; nothing here waits for a devi
 """
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 
 ROW = 256  # tokens that a row of packed texts has about: attention is cheap, and rows are of one length
 
 
-def splice(length, is_image, tokens):
+def splice(length: int, is_image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Where each column of a row comes from once every placeholder has become the tokens of its image.
 
     The rows are those of LLaVA's ``prepare_inputs_labels_for_multimodal``: columns that hold nothing go, a row without
@@ -37,7 +38,7 @@ def splice(length, is_image, tokens):
     return held, column, image, number, to - start.gather(1, column), start
 
 
-def pack(lengths):
+def pack(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lay texts out one after another in rows of about equal length, longest first into the emptiest row.
 
     Padded to the longest caption of a batch, half of what the LLM would read is padding.

@@ -1,5 +1,6 @@
 """LLaVA checkpoints of every published layout, ready to answer."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +41,16 @@ class Loaded(NamedTuple):
 
 
 def load_pretrained(
-    path, base=None, *, device=None, dtype=None, bits=None, vision_tower=None, hacl=False, attn_implementation=None
-):
+    path: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    bits: int | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    hacl: bool = False,
+    attn_implementation: str | None = None,
+) -> Loaded:
     """Load a LLaVA checkpoint; its kind is seen from its files, not from its name.
 
     Taken are: whole LLaVA checkpoints (``liuhaotian/llava-v1.5-7b`` as published, stage 2's output), a projector
@@ -118,7 +127,12 @@ def _load(folder, base, device, dtype, bits, vision_tower, hacl, attn_implementa
     return Loaded(tokens, model.eval(), tower.image_processor, context)
 
 
-def merge(source, target, base, vision_tower=None):
+def merge(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    base: str | os.PathLike,
+    vision_tower: str | os.PathLike | None = None,
+) -> None:
     """Write a LoRA, or a projector, and its base as one whole LLaVA checkpoint, in the base's dtype.
 
     Args:

@@ -5,6 +5,8 @@ Needs torch alone. Everything here runs in float32 (float64 if the features are)
 Shapes: B batch on one rank, W ranks, N = W * B, K hallucinated captions per image, P feature size, Q queue size.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ class _GatherFeatures(torch.autograd.Function):
         return grad.chunk(_world()[1])[ctx.rank]
 
 
-def gather_features(features):
+def gather_features(features: torch.Tensor) -> torch.Tensor:
     """Concatenate a tensor of all ranks along dimension 0, in rank order, with gradient.
 
     Args:
@@ -54,16 +56,16 @@ def _full_precision(x):
 
 
 def hacl_loss(
-    image_features,
-    text_features,
-    hallucination_features=None,
-    hallucination_mask=None,
-    sample_mask=None,
-    temperature=0.07,
-    negatives="own",
-    gather=True,
-    queue=None,
-):
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    hallucination_features: torch.Tensor | None = None,
+    hallucination_mask: torch.Tensor | None = None,
+    sample_mask: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 0.07,
+    negatives: str = "own",
+    gather: bool = True,
+    queue: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """HACL's two losses (arXiv 2312.06968) and two figures that people can read.
 
     ``loss_i2t`` is the paper's L_v: image to text, with hallucinated captions as further candidates. ``loss_t2i`` is
@@ -194,7 +196,7 @@ class HaclLoss(nn.Module):
         queue_size: Q; 0 for none.
     """
 
-    def __init__(self, negatives="own", gather=True, queue_size=0):
+    def __init__(self, negatives: str = "own", gather: bool = True, queue_size: int = 0) -> None:
         super().__init__()
         if negatives not in NEGATIVES:
             raise ValueError(f"negatives is {negatives!r}, allowed is one of {', '.join(NEGATIVES)}.")
@@ -205,13 +207,13 @@ class HaclLoss(nn.Module):
 
     def forward(
         self,
-        image_features,
-        text_features,
-        hallucination_features=None,
-        hallucination_mask=None,
-        sample_mask=None,
-        temperature=0.07,
-    ):
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        hallucination_features: torch.Tensor | None = None,
+        hallucination_mask: torch.Tensor | None = None,
+        sample_mask: torch.Tensor | None = None,
+        temperature: float | torch.Tensor = 0.07,
+    ) -> dict[str, torch.Tensor]:
         """See `hacl_loss`; in training mode, the batch joins the queue afterwards."""
         result = hacl_loss(
             image_features,
@@ -245,14 +247,14 @@ class HaclLoss(nn.Module):
             kept[slots] = new.to(kept.dtype)
         self._position = (self._position + len(mask)) % self.queue_size
 
-    def queue_state(self):
+    def queue_state(self) -> dict[str, torch.Tensor | int]:
         """The queue as a dict of tensors and a number (empty before the first training batch)."""
         if self._queue is None:
             return {}
         images, texts, mask = self._queue
         return {"images": images, "texts": texts, "mask": mask, "position": self._position}
 
-    def load_queue_state(self, state):
+    def load_queue_state(self, state: dict[str, torch.Tensor | int]) -> None:
         """Restore `queue_state`. Raises ValueError if it is of another size."""
         if not state:
             self._queue, self._position = None, 0

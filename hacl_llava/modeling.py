@@ -7,14 +7,18 @@ captions per image, D hidden size, P head size.
 import contextlib
 import json
 import math
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoint import is_whole
@@ -65,7 +69,7 @@ class HaclHead(nn.Module):
         config: a `HaclConfig`.
     """
 
-    def __init__(self, hidden_size, config):
+    def __init__(self, hidden_size: int, config: HaclConfig) -> None:
         super().__init__()
         width = hidden_size // 4 if config.head_dim == -1 else config.head_dim
         if config.head_dim == -1 and width == 0:
@@ -77,7 +81,7 @@ class HaclHead(nn.Module):
             torch.tensor([math.log(config.temperature)]), requires_grad=config.learnable_temperature
         )
 
-    def forward(self, visual, text):
+    def forward(self, visual: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Project and normalise, in float32.
 
         Args:
@@ -96,7 +100,7 @@ class HaclHead(nn.Module):
         )
 
 
-def read_head(folder):
+def read_head(folder: str | os.PathLike) -> tuple[HaclConfig, dict[str, torch.Tensor]] | None:
     """(`HaclConfig`, state dict) of ``folder/hacl_head.safetensors``; None where there is none.
 
     Raises:
@@ -122,12 +126,12 @@ class HaclMixin:
 
     stock_class = None  # the LLaVA class that a saved checkpoint names
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.hacl_head = None
 
     @classmethod
-    def from_pretrained(cls, *args, attn_implementation=None, **kwargs):
+    def from_pretrained(cls, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> "HaclMixin":
         """As LLaVA's, with sdpa in place of flash attention, which does not take the 4-D mask of the fused step.
 
         Where the folder has a ``hacl_head.safetensors``, HACL is enabled with it.
@@ -151,7 +155,7 @@ class HaclMixin:
             model.load_hacl_head(folder, model.config.eos_token_id)
         return model
 
-    def initialize_vision_tokenizer(self, model_args, tokenizer):
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """LLaVA's, then HACL's heads: the last call before the data is made, after freezing and after PEFT.
 
         Heads that lie beside ``--pretrain_mm_mlp_adapter``, or without it in the model's own folder, go on from where
@@ -164,7 +168,7 @@ class HaclMixin:
             if not self.load_hacl_head(folder, tokenizer.eos_token_id, config):
                 self.enable_hacl(config, tokenizer.eos_token_id)
 
-    def enable_hacl(self, config, eos_token_id):
+    def enable_hacl(self, config: HaclConfig, eos_token_id: int | None) -> None:
         """Create heads, temperature and loss; from now on a batch with ``caption_ids`` is trained with HACL.
 
         Args:
@@ -191,7 +195,9 @@ class HaclMixin:
         self.config.hacl = config.to_dict()
         self.reset_hacl_metrics()
 
-    def load_hacl_head(self, folder, eos_token_id, config=None):
+    def load_hacl_head(
+        self, folder: str | os.PathLike, eos_token_id: int | None, config: HaclConfig | None = None
+    ) -> bool:
         """Enable HACL with the heads and the temperature that stage 1 left in ``folder/hacl_head.safetensors``.
 
         Args:
@@ -220,7 +226,13 @@ class HaclMixin:
 
     # --- saving: a HACL checkpoint is a LLaVA checkpoint --------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As LLaVA's, without the heads and under the stock class's name, so that every LLaVA tool loads it."""
         if self.hacl_head is not None:
             state_dict = self.state_dict() if state_dict is None else state_dict
@@ -234,28 +246,28 @@ class HaclMixin:
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        images=None,
-        image_sizes=None,
-        return_dict=None,
-        cache_position=None,
-        caption_ids=None,
-        caption_lengths=None,
-        hallucinated_ids=None,
-        hallucinated_lengths=None,
-        packed_texts=None,
-        packed_columns=None,
-        packed_starts=None,
-        packed_at=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        caption_ids: torch.Tensor | None = None,
+        caption_lengths: torch.Tensor | None = None,
+        hallucinated_ids: torch.Tensor | None = None,
+        hallucinated_lengths: torch.Tensor | None = None,
+        packed_texts: torch.Tensor | None = None,
+        packed_columns: torch.Tensor | None = None,
+        packed_starts: torch.Tensor | None = None,
+        packed_at: torch.Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
         """LLaVA's forward, and with captions HACL's training loss (arXiv 2312.06968).
 
         Args:
@@ -500,11 +512,11 @@ class HaclMixin:
 
     # --- figures for the log ------------------------------------------------------------------------------------------
 
-    def reset_hacl_metrics(self):
+    def reset_hacl_metrics(self) -> None:
         """Forget the sums behind `hacl_metrics`."""
         self._hacl_sums = None
 
-    def hacl_metrics(self, reset=True):
+    def hacl_metrics(self, reset: bool = True) -> dict[str, float]:
         """Means since the last reset over steps and ranks; every rank must call it.
 
         Returns:

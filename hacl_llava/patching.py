@@ -3,6 +3,7 @@
 patches/use_hacl.patch is the same change for ``git apply``.
 """
 
+import os
 from pathlib import Path
 
 from .config import HaclError
@@ -14,7 +15,7 @@ CALL_BEHIND = "def train(attn_implementation=None):\n"
 CALL = "    install_hacl(globals())  # --use_hacl; off, this is stock LLaVA\n"
 
 
-def find_train_py(path):
+def find_train_py(path: str | os.PathLike) -> Path:
     """The train.py meant by a checkout, an installed ``llava`` folder, site-packages, or the file itself.
 
     Raises:
@@ -30,7 +31,7 @@ def find_train_py(path):
     )
 
 
-def patched(text):
+def patched(text: str) -> str:
     """The text of a train.py with the two lines, or the text as it is if it has them.
 
     Raises:
@@ -48,7 +49,7 @@ def patched(text):
     return text.replace(CALL_BEHIND, CALL_BEHIND + CALL)
 
 
-def patch(path, check=False, revert=False):
+def patch(path: str | os.PathLike, check: bool = False, revert: bool = False) -> str:
     """Apply the change to a checkout or an installed package; twice does no harm.
 
     Args:

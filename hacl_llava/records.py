@@ -10,6 +10,9 @@ import itertools
 import json
 import os
 import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 from .common.files import atomic
 from .config import DataError
@@ -24,20 +27,20 @@ _decode = json.JSONDecoder().raw_decode
 _LONGEST = 1 << 26  # characters: a record that goes on for longer is a quote that was never closed
 
 
-def name_of(path, index, record):
+def name_of(path: str | os.PathLike, index: int, record: Any) -> str:
     """How messages name a record: ``data.json: record 12 (id 'abc')``."""
     identity = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
     return f"{path}: record {index}{identity}"
 
 
-def unblock(pool):
+def unblock(pool: ProcessPoolExecutor) -> None:
     """After a worker of a `ProcessPoolExecutor` was killed: Python before 3.13 (its issue 94777) may wait for ever for
     a thread that writes to a pipe which nobody reads any more."""
     if queue := getattr(pool, "_call_queue", None):
         queue._reader.close()
 
 
-def hallucinated_captions(record):
+def hallucinated_captions(record: dict[str, Any]) -> list[str]:
     """The record's hallucinated captions, a list of non-empty strings.
 
     Raises:
@@ -54,7 +57,7 @@ def hallucinated_captions(record):
     return []
 
 
-def hallucinated_kinds(record):
+def hallucinated_kinds(record: dict[str, Any]) -> list[str | None]:
     """What each of `hallucinated_captions` gets wrong, as a list in step; None where the record does not say."""
     value = next((record[key] for key in HALLUCINATED_KEYS if record.get(key) is not None), [])
     value, kinds = [value] if isinstance(value, str) else value, record.get(KINDS_KEY)
@@ -63,12 +66,12 @@ def hallucinated_kinds(record):
     return [kind if isinstance(kind, str) else None for kind, text in zip(kinds, value) if text and text.strip()]
 
 
-def caption_of(record):
+def caption_of(record: dict[str, Any]) -> str:
     """The caption: the first answer of the conversation, or "" if it has none."""
     return next((turn["value"].strip() for turn in record["conversations"] if turn["from"] == "gpt"), "")
 
 
-def problem_of(record, plain):
+def problem_of(record: Any, plain: bool) -> str | None:
     """What makes a record unusable, or None; ``plain``: it has to suit LLaVA's stage-1 template."""
     if not isinstance(record, dict):
         return f"is a {type(record).__name__}, expected {FORMAT}"
@@ -97,7 +100,7 @@ def problem_of(record, plain):
     return None
 
 
-def stream_records(path):
+def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     """Read a json array or a file of json lines, gzipped or not, one record at a time.
 
     Yields:
@@ -119,7 +122,7 @@ def stream_records(path):
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); give a LLaVA-format json.") from None
 
 
-def list_records(path):
+def list_records(path: str | os.PathLike) -> list[Any]:
     """All records of a file that `stream_records` reads, as a list.
 
     Raises:
@@ -231,7 +234,7 @@ def _array(path, text):
         yield text.value(count)
 
 
-def with_captions(text, record, captions, kinds):
+def with_captions(text: str, record: dict[str, Any], captions: list[str], kinds: list[str | None]) -> str:
     """The text of a record with ``captions`` and their ``kinds``, two lists in step; everything else as it stands."""
     added = {HALLUCINATED_KEYS[0]: captions, KINDS_KEY: kinds}
     old = (*HALLUCINATED_KEYS, KINDS_KEY)
@@ -255,7 +258,7 @@ def _encodes(text):
     return True
 
 
-def write_records(path, texts):
+def write_records(path: str | os.PathLike, texts: Iterable[str]) -> None:
     """Write records' texts as a json list, or as json lines where the name ends so; ``.gz`` is packed.
 
     The file appears whole or not at all: it is written beside itself and renamed.

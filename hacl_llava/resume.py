@@ -10,14 +10,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import __version__
 from .common.files import locked
@@ -31,7 +33,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, saved; the same command g
 # --- what trains and its optimizer: the same file whatever the engine and the number of ranks ------------------------
 
 
-def optimizers(optimizer, parameters):
+def optimizers(optimizer: Any, parameters: Iterable[torch.nn.Parameter]) -> tuple[Any, torch.optim.Optimizer]:
     """(ZeRO's optimizer or None, the one that makes the step) of what a Trainer calls its optimizer.
 
     Raises:
@@ -53,7 +55,14 @@ def _numbers(state):
     return {k: float(v) for k, v in state.items() if not torch.is_tensor(v) or v.dim() == 0}
 
 
-def save_training_state(path, model, optimizer, settings, scaler=None, write=True):
+def save_training_state(
+    path: str | os.PathLike,
+    model: torch.nn.Module,
+    optimizer: Any,
+    settings: dict[str, Any],
+    scaler: dict[str, Any] | None = None,
+    write: bool = True,
+) -> None:
     """Write what trains in float32, with the optimizer's state of it, by name; every rank must call it.
 
     Args:
@@ -89,7 +98,9 @@ def save_training_state(path, model, optimizer, settings, scaler=None, write=Tru
         save_file({k: v.detach().cpu().float().contiguous() for k, v in tensors.items()}, path, metadata=metadata)
 
 
-def load_training_state(path, model, optimizer):
+def load_training_state(
+    path: str | os.PathLike, model: torch.nn.Module, optimizer: Any
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Restore `save_training_state`, on any number of ranks and under any of its engines; every rank must call it.
 
     Returns:
@@ -198,7 +209,7 @@ def _set(p, found, zero, base):
             p.data.copy_(value)
 
 
-def differences(then, now):
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One sentence for each thing that a resumed run cannot have as it was.
 
     Args:
@@ -223,7 +234,7 @@ def differences(then, now):
     return found
 
 
-def say(*lines):
+def say(*lines: str) -> None:
     """Warnings on standard error, by the first rank."""
     if on_first_rank():
         for line in lines:
@@ -233,7 +244,7 @@ def say(*lines):
 # --- which checkpoints are whole --------------------------------------------------------------------------------------
 
 
-def seal(folder):
+def seal(folder: str | os.PathLike) -> None:
     """Write what a finished checkpoint consists of into it, and see everything to the disk."""
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILES)
@@ -243,7 +254,7 @@ def seal(folder):
         flush(path)
 
 
-def flush(path):
+def flush(path: str | os.PathLike) -> None:
     """Have the system write a file, or a folder's entries, to the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -252,13 +263,13 @@ def flush(path):
         os.close(descriptor)
 
 
-def checkpoints(folder):
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
     """Folders named checkpoint-N, by N."""
     found = [(int(m[1]), p) for p in Path(folder).glob("checkpoint-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
     return [p for _, p in sorted(found) if p.is_dir()]
 
 
-def broken(folder):
+def broken(folder: str | os.PathLike) -> str | None:
     """Why a checkpoint cannot be used; None for one that is whole.
 
     One without `FILES`, which others wrote, counts as whole when its trainer_state.json and safetensors can be opened.
@@ -283,13 +294,13 @@ def broken(folder):
     return None
 
 
-def ranks_of(folder):
+def ranks_of(folder: str | os.PathLike) -> int | None:
     """How many ranks saved a checkpoint, by their random states; None if that cannot be told."""
     folder = Path(folder)
     return len(list(folder.glob("rng_state_*.pth"))) or (1 if (folder / "rng_state.pth").exists() else None)
 
 
-def last_whole(folder, look=True):
+def last_whole(folder: str | os.PathLike, look: bool = True) -> str | None:
     """The newest checkpoint that is whole on all machines, or None; says which are passed over. All ranks call it.
 
     Args:
@@ -317,11 +328,11 @@ def last_whole(folder, look=True):
 class Stopped(SystemExit):
     """A signal ended the run in good order; the process ends with `EXIT_STOPPED`."""
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         super().__init__(EXIT_STOPPED)
         self.message = message
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.message
 
 
@@ -334,10 +345,11 @@ class Signals:
 
     CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.phase, self.received, self._before = "starting", None, {}
 
-    def catch(self):
+    def catch(self) -> None:
+        """Take the signals from now on, as before the first step."""
         self.phase, self.received = "starting", None
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {number: signal.signal(number, self._handle) for number in self.CAUGHT}
@@ -347,7 +359,7 @@ class Signals:
             signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
-    def release(self):
+    def release(self) -> None:
         """Put back what was there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -397,16 +409,20 @@ class StopInStep(TrainerCallback):
     They agree by a sum over all ranks that runs on the CPU beside the next step, so nobody waits for it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stopped = None
         self._group = self._asked = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on there is something to save."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
         SIGNALS.phase = "training"
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the other ranks, and stop where one was told to."""
         wish = SIGNALS.received is not None
         if self._group is not None:
             mine, wish = wish, self._answer()
@@ -425,14 +441,14 @@ class StopInStep(TrainerCallback):
         work.wait(*timeout)
         return bool(flag.item())
 
-    def close(self):
+    def close(self) -> None:
         """The training is over, or failed: nobody asks any more."""
         SIGNALS.phase = "ending"
         with contextlib.suppress(RuntimeError):  # of a rank that is gone
             self._answer(timedelta(seconds=10))
 
 
-def in_worker(init, number):
+def in_worker(init: Callable[[int], Any] | None, number: int) -> None:
     """Starts a data worker that outlives the first SIGTERM: a launcher sends it to the whole tree of processes, and
     the step that is to be finished needs data."""
 
@@ -460,7 +476,7 @@ def _end_workers():
 LOCK = contextlib.ExitStack()  # of the run's folder; the process's end frees it too
 
 
-def lock_folder(folder):
+def lock_folder(folder: str | os.PathLike) -> None:
     """Hold the folder of a run, by its first rank; a second run that is given it is refused, and told who holds it.
 
     Raises:
@@ -470,7 +486,7 @@ def lock_folder(folder):
         LOCK.enter_context(locked(Path(folder) / ".lock", str(folder), "give another --output_dir"))
 
 
-def check_folder(folder):
+def check_folder(folder: str | os.PathLike) -> None:
     """Make the folder of a run, and write a file into it and remove it again.
 
     Raises:

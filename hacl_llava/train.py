@@ -87,7 +87,7 @@ def _show_help(stage):
     parser.print_help()
 
 
-def main(stage=1):
+def main(stage: int = 1) -> int:
     """Entry point of stage 1 or 2.
 
     Returns:

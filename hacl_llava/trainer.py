@@ -6,14 +6,17 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import TrainOutput
 
 from . import __version__
 from .checkpoint import save_tokenizer
@@ -43,7 +46,7 @@ UNFINISHED = "unfinished"
 EPOCH_START = "rng_epoch.pt"
 
 
-def save_head(model, folder, write=True):
+def save_head(model: torch.nn.Module, folder: str | os.PathLike, write: bool = True) -> Path | None:
     """Write heads and temperature to ``folder/hacl_head.safetensors``; every rank must call it (ZeRO-3 gathers).
 
     The file's metadata holds the HACL settings and the version. Returns the path, or None where nothing is written.
@@ -77,7 +80,7 @@ class ResumableTrainer(LLaVATrainer):
     _resumes = None
     _epoch_start = None  # torch's random state when an epoch began: LLaVA's sampler by lengths draws its order from it
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         savable_generation_config(self.model)
         self._stop = StopInStep()
@@ -99,12 +102,16 @@ class ResumableTrainer(LLaVATrainer):
         number = getattr(self.train_dataset, "numbers", {index: index})[index]  # in the file
         return {"index": number, **{key: record[key] for key in ("id", "image") if key in record}}
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's, under the eyes of the guard."""
         self.guard.watch(self.model.parameters())
         self.guard.begin(self.state.global_step + 1, inputs.pop("record_indices", None))
         return self.guard.end(super().training_step(model, inputs, *args, **kwargs))
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The Trainer's, with 0 for a batch without labels."""
         found = super().compute_loss(model, inputs, return_outputs, **kwargs)
         if getattr(self.model, "hacl_head", None) is None and "labels" in inputs:
             # The mean over no label at all, as of a batch of masked rows, is NaN in LLaVA.
@@ -114,7 +121,8 @@ class ResumableTrainer(LLaVATrainer):
         self.guard.see(found[0] if return_outputs else found, getattr(self.model, "hacl_own_finite", None))
         return found
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with what the guard found."""
         if "loss" in logs or "train_loss" in logs:  # on all ranks
             self.guard.read()
         if "loss" in logs:
@@ -125,7 +133,8 @@ class ResumableTrainer(LLaVATrainer):
                 logs["nonfinite"] = self.guard.found
         return super().log(logs, *args, **kwargs)
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The Trainer's, from the last whole checkpoint; raises `resume.Stopped` after a signal."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole(self.args.output_dir, self.is_local_process_zero())
         self._check_before()
@@ -159,7 +168,8 @@ class ResumableTrainer(LLaVATrainer):
     def _batch(self):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """The Trainer's, with workers that outlive the first SIGTERM."""
         loader = super().get_train_dataloader()
         for own in (loader, getattr(loader, "base_dataloader", None)):  # accelerate's, and the one in it
             if getattr(own, "num_workers", 0):
@@ -297,14 +307,15 @@ class ResumableTrainer(LLaVATrainer):
         if beside.exists():
             self.model.load_state_dict(torch.load(beside, map_location="cpu", weights_only=True), strict=False)
 
-    def save_state(self):
+    def save_state(self) -> None:
+        """The Trainer's, once a LoRA's last file, if it is of an earlier run, is gone."""
         # The one call that LLaVA's train() makes on the trainer after training, before it writes a LoRA's files one by
         # one, this one last: while it is missing, nobody takes the folder for finished.
         if self._moves():
             (Path(self.args.output_dir) / "non_lora_trainables.bin").unlink(missing_ok=True)
         super().save_state()
 
-    def save_finished(self, folder, write):
+    def save_finished(self, folder: str | os.PathLike, write: Callable[[str], Any]) -> None:
         """LLaVA's last step, into the run's folder: file by file only once all are written, config.json last.
 
         Args:
@@ -378,14 +389,16 @@ class HaclTrainer(ResumableTrainer):
             flush=True,
         )
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`ResumableTrainer`'s; after the first, one line says what runs."""
         loss = super().training_step(*args, **kwargs)
         if not self._said and self.is_world_process_zero():
             self._say_what_runs()
         self._said = True
         return loss
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """`ResumableTrainer`'s, with HACL's figures."""
         if "loss" in logs:
             logs = {**logs, **{k: round(v, 4) for k, v in self.model.hacl_metrics().items()}}
         return super().log(logs, *args, **kwargs)
@@ -423,6 +436,7 @@ class HaclTrainer(ResumableTrainer):
         if found := read_head(resume_from_checkpoint):
             self.model.hacl_head.load_state_dict(found[1])
 
-    def save_state(self):
+    def save_state(self) -> None:
+        """`ResumableTrainer`'s, and the heads."""
         super().save_state()
         save_head(self.model, self.args.output_dir, write=self.args.should_save)

@@ -20,7 +20,7 @@ OUTPUT = Path(__file__).parent.parent / "hacl_llava/hallucinate/wordnet.json.gz"
 VOCABULARY = OUTPUT.with_name("vocabulary.txt")
 
 
-def read_data(path):
+def read_data(path: Path) -> dict[str, tuple[list[str], dict[tuple[str, str], list[str]]]]:
     """{offset: (lemmas, {pointer: [offsets]})} of one data file."""
     synsets = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -38,7 +38,7 @@ def read_data(path):
     return synsets
 
 
-def read_senses(path):
+def read_senses(path: Path) -> dict[tuple[str, str], list[tuple[str, int]]]:
     """{(lemma, part of speech): [(offset, count of that sense)]}, most frequent sense first."""
     senses = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -49,7 +49,8 @@ def read_senses(path):
     return {key: [(o, c) for _, o, c in sorted(values)] for key, values in senses.items()}
 
 
-def main(folder):
+def main(folder: str | Path) -> None:
+    """Write the file, and say what is in it."""
     folder = Path(folder)
     nouns, verbs, adjectives = (read_data(folder / f"data.{p}") for p in ("noun", "verb", "adj"))
     senses = read_senses(folder / "index.sense")

@@ -9,7 +9,9 @@ import functools
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 
+from . import Item
 from .lexicon import FUNCTION, NEGATIONS, NUMBER, PREPOSITIONS, TOKEN, lexicon
 
 RATIO = (0.7, 1.4)  # of the number of tokens
@@ -69,7 +71,7 @@ _WRAPPED = re.compile(r"^\s*(?:\d+[.)]\s|[-•]\s)|^[\"“‘'].*[\"”’']$|\(
 _OTHER_SCRIPT = re.compile(r"[\u0370-\u1dff\u2c00-\u2dff\u2e80-\ua7ff\uab30-\ufaff]")  # no Latin letters
 
 
-def normal(text):
+def normal(text: str) -> str:
     """The text without case, punctuation and variants of the same letter: what a difference is measured against."""
     text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_WORDS.findall(text))
@@ -80,7 +82,7 @@ def _pieces(key):
     return key.split() if key.isascii() else TOKEN.findall(key)
 
 
-def length(text):
+def length(text: str) -> int:
     """Tokens of a text: words, numbers and ideographs; punctuation is not counted."""
     return sum(t[0].isalnum() for t in TOKEN.findall(text))
 
@@ -88,7 +90,7 @@ def length(text):
 class Meaning:
     """What a caption says: its content words, numbers, relations, negations, and which word stands where."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         words = lexicon()
         text = text if text.isascii() else unicodedata.normalize("NFKC", text).replace("’", "'")
         tokens = [t for t in TOKEN.findall(text.lower()) if t[0].isalnum()]
@@ -130,11 +132,11 @@ class Meaning:
                 sequence.append(str(value))
         self.words = frozenset(content)
 
-    def pairs(self):
+    def pairs(self) -> Counter[tuple[str, str]]:
         """Each content word with the word right after it: who has which colour."""
         return Counter(zip(self.sequence, self.sequence[1:], strict=False))
 
-    def directed(self):
+    def directed(self) -> set[tuple[str, str]]:
         """(word, word) wherever the order matters: "a dog on a bed", "a dog left of a bed", "a dog chases a cat"."""
         found, between, last, before = set(), set(), None, None
         directed = bool(set(self.relations) - _SYMMETRIC)
@@ -206,10 +208,10 @@ class Checker:
         ratio: smallest and largest allowed number of tokens of the candidate, as a share of the caption's.
     """
 
-    def __init__(self, ratio=RATIO):
+    def __init__(self, ratio: tuple[float, float] = RATIO) -> None:
         self.ratio = ratio
 
-    def problem(self, item, candidate, taken=()):
+    def problem(self, item: Item, candidate: str, taken: Iterable[str] = ()) -> str | None:
         """Why ``candidate`` may not stand as a hallucinated caption of ``item``, or None if it may.
 
         Args:

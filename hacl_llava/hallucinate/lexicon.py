@@ -64,7 +64,7 @@ IRREGULAR_SINGULAR = {plural: single for single, plural in IRREGULAR.items()}
 
 
 @functools.lru_cache(maxsize=100_000)
-def plural(noun):
+def plural(noun: str) -> str:
     """The plural of an English noun, of its head where it is a phrase: "glass of wine" -> "glasses of wine"."""
     head, of, rest = noun.partition(" of ")
     first, space, last = head.rpartition(" ")
@@ -82,7 +82,7 @@ def plural(noun):
 
 
 @functools.lru_cache(maxsize=100_000)
-def singulars(word):
+def singulars(word: str) -> tuple[str, ...]:
     """What a word could be the plural of; the word itself is not among them."""
     head, of, rest = word.partition(" of ")
     if of:
@@ -103,7 +103,7 @@ def singulars(word):
     return tuple(first + space + f for f in found)
 
 
-def article(word):
+def article(word: str) -> str:
     """ "a" or "an" before ``word``."""
     word = word.lower()
     if word.startswith(("hour", "honest", "heir", "honor", "honour")):
@@ -135,7 +135,7 @@ class Noun(NamedTuple):
 class Lexicon:
     """Loaded once by `lexicon()`; takes about 0.2 s and 60 MB."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.groups, self.synonym, self.own, self.scenes = {}, {}, {}, {}
         self.attributes, self.attribute_groups = {}, {}
         self._read_vocabulary((HERE / "vocabulary.txt").read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ class Lexicon:
                     self.sense[word] = best
                     self.word_of_sense.setdefault(best, word)
 
-    def above(self, sense):
+    def above(self, sense: int) -> set[int]:
         """The sense and everything it is a kind of."""
         found = self._above.get(sense)
         if found is None:
@@ -224,13 +224,14 @@ class Lexicon:
             self._above[sense] = found
         return found
 
-    def sense_of(self, lemma):
+    def sense_of(self, lemma: str) -> int | None:
+        """The sense of a lemma that is meant, or None."""
         sense = self.sense.get(lemma)
         if sense is None and lemma not in self.own and lemma in self.nouns:
             sense = self.nouns[lemma][0][0]
         return sense
 
-    def noun(self, surface):
+    def noun(self, surface: str) -> Noun | None:
         """The `Noun` that a lower-case word or phrase is, or None."""
         if surface not in self._nouns:
             if len(self._nouns) > 200_000:
@@ -272,7 +273,7 @@ class Lexicon:
             level = [p for s in level for p in self.up[s] if p not in seen]
         return None
 
-    def lemma(self, word):
+    def lemma(self, word: str) -> str:
         """The dictionary form under which a lower-case word is compared: singular, synonyms of ours made one."""
         found = self.noun(word)
         if found:
@@ -282,7 +283,7 @@ class Lexicon:
         return word
 
     @functools.lru_cache(maxsize=200_000)  # noqa: B019  (there is one lexicon)
-    def related(self, a, b):
+    def related(self, a: str, b: str) -> bool:
         """Whether one of two lemmas means the same as the other, or is a kind of it."""
         a, b = self.synonym.get(a, a), self.synonym.get(b, b)
         if a == b:
@@ -306,7 +307,7 @@ class Lexicon:
                 return True
         return False
 
-    def opposed(self, a, b):
+    def opposed(self, a: str, b: str) -> bool:
         """Whether two lemmas belong to one group of attributes, and so cannot both be true."""
         x, y = self.attributes.get(a), self.attributes.get(b)
         return bool(x and y and x[0] == y[0] and x[1] != y[1])
@@ -329,7 +330,7 @@ DOUBTFUL = frozenset(
 )
 
 
-def digest():
+def digest() -> str:
     """16 hex digits that change with the vocabulary, WordNet's part or this package's rules."""
     found = hashlib.sha256()
     for name in ("vocabulary.txt", "wordnet.json.gz", "lexicon.py", "rules.py", "checks.py"):
@@ -338,6 +339,6 @@ def digest():
 
 
 @functools.cache
-def lexicon():
+def lexicon() -> Lexicon:
     """The one `Lexicon`."""
     return Lexicon()

@@ -18,9 +18,11 @@ import hashlib
 import itertools
 import multiprocessing
 import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import Any
 
 from ..config import HaclError
 from ..records import unblock
@@ -364,12 +366,12 @@ def _lemmas(caption):
 class Rules:
     """Rewrites captions; deterministic in ``seed``, the item's index and its caption."""
 
-    def __init__(self, seed=0, checker=None):
+    def __init__(self, seed: int = 0, checker: Checker | None = None) -> None:
         self.seed, self.checker, self.lexicon = seed, checker or Checker(), lexicon()
 
     # --- the four kinds: each a list of (weight, function of the dice that gives edits or None) --------------------
 
-    def sites(self, text):
+    def sites(self, text: _Text) -> dict[str, list[tuple[int, Callable]]]:
         """{kind: [(weight, make)]}; ``make(dice)`` gives a list of (start, end, new) in characters, or None."""
         return {
             "existence": self._existence(text),
@@ -766,7 +768,16 @@ class Rules:
 
     # --- one caption, and many --------------------
 
-    def rewrite(self, item, kind, text, sites, dice, taken=(), rejected=None):
+    def rewrite(
+        self,
+        item: Item,
+        kind: str,
+        text: _Text,
+        sites: list[tuple[int, Callable]],
+        dice: _Dice,
+        taken: Iterable[str] = (),
+        rejected: dict[str, int] | None = None,
+    ) -> str | None:
         """One hallucinated caption of ``kind``, or None. ``sites`` is ``self.sites(text)[kind]``."""
         spare = None
         for make in itertools.islice(dice.draw(sites), 8):
@@ -806,12 +817,15 @@ class RulesSource:
 
     whole_blocks, stopped = True, None
 
-    def __init__(self, types=None, seed=0, checker=None, workers=1):
+    def __init__(
+        self, types: dict[str, float] | None = None, seed: int = 0, checker: Checker | None = None, workers: int = 1
+    ) -> None:
         self.types = types or dict.fromkeys(KINDS, 1.0)
         self.seed, self.checker, self.workers = seed, checker, workers
         self._rules = None
 
-    def answers(self, items):
+    def answers(self, items: Iterable[Item]) -> Iterator[Answer]:
+        """One `Answer` for each item, in order."""
         if self.workers == 1:
             lexicon()
             gc.freeze()  # half a million small objects that the collector would go through again and again
@@ -839,10 +853,10 @@ class RulesSource:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rules": None}
 
-    def block(self, items):
+    def block(self, items: Sequence[Item]) -> list[Answer]:
         """Answers for the items of one block, in order."""
         if self._rules is None:
             self._rules = Rules(self.seed, self.checker)
@@ -907,7 +921,7 @@ def _blocks(items):
         yield block
 
 
-def rewrite(caption, kind=None, seed=0, count=1):
+def rewrite(caption: str, kind: str | None = None, seed: int = 0, count: int = 1) -> list[tuple[str, str]]:
     """Hallucinated captions of one caption, as ``hacl-llava hallucinate --source rules`` makes them.
 
     Args:

@@ -4,6 +4,7 @@ Both may be trained for a moment, so that a frozen LLM has something to say and 
 """
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -18,7 +19,7 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-def make_tokenizer(folder, seed=0, vocab_size=256):
+def make_tokenizer(folder: str | os.PathLike, seed: int = 0, vocab_size: int = 256) -> None:
     """Train a sentencepiece model on captions; write tokenizer.model and its two json files as Vicuna has them."""
     import sentencepiece
 
@@ -67,7 +68,15 @@ def make_tokenizer(folder, seed=0, vocab_size=256):
     (folder / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "<unk>"}, indent=2))
 
 
-def make_llm(folder, seed=0, steps=0, hidden_size=64, layers=2, questions=0, progress=False):
+def make_llm(
+    folder: str | os.PathLike,
+    seed: int = 0,
+    steps: int = 0,
+    hidden_size: int = 64,
+    layers: int = 2,
+    questions: int = 0,
+    progress: bool = False,
+) -> float | None:
     """Write a Llama checkpoint with its tokenizer; ``steps`` > 0 trains it on captions of random scenes first, and with
     ``questions`` > 0 half of that time on so many questions about each.
 
@@ -166,7 +175,14 @@ def _document(scene, questions, pieces, rng):
     return row, labels, 0
 
 
-def make_vision_tower(folder, seed=0, steps=0, hidden_size=64, layers=2, progress=False):
+def make_vision_tower(
+    folder: str | os.PathLike,
+    seed: int = 0,
+    steps: int = 0,
+    hidden_size: int = 64,
+    layers: int = 2,
+    progress: bool = False,
+) -> float | None:
     """Write a CLIP vision checkpoint and its image processor's settings: 3 x 3 patches, one for each cell of a scene.
 
     ``steps`` > 0 trains it to name what is in each cell, at the layer that LLaVA reads (the one before the last).

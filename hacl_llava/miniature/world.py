@@ -7,7 +7,9 @@ kinds that the paper's prompt names: existence, attribute, quantity, location. I
 """
 
 import json
+import os
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -42,7 +44,7 @@ SHORT = "\nAnswer the question using a single word or phrase."
 SPLITS = ("random", "popular", "adversarial")
 
 
-def make_scene(rng):
+def make_scene(rng: random.Random) -> list[tuple[int, str, str, int]]:
     """One to three groups ``(count 1-3, colour, shape, cell 0-8)``; no two share a cell or a shape.
 
     Three times in four a further shape is of a theme that is there already.
@@ -57,19 +59,19 @@ def make_scene(rng):
     ]
 
 
-def relatives(shapes):
+def relatives(shapes: Sequence[str]) -> tuple[list[str], list[str]]:
     """(those of the themes of ``shapes``, those of other themes), both without ``shapes``."""
     themes = {other for theme in THEMES if set(theme) & set(shapes) for other in theme}
     left = [s for s in SHAPES if s not in shapes]
     return [s for s in left if s in themes], [s for s in left if s not in themes]
 
 
-def question_about(shape):
+def question_about(shape: str) -> str:
     """POPE's question: ``Is there a circle in the image?``"""
     return f"Is there a {shape} in the image?"
 
 
-def caption_of(scene):
+def caption_of(scene: Iterable[tuple[int, str, str, int]]) -> str:
     """The scene in words: ``two red circles at the top left and one blue bar at the right``."""
     parts = []
     for count, colour, shape, cell in scene:
@@ -78,7 +80,9 @@ def caption_of(scene):
     return " and ".join(parts)
 
 
-def hallucinate(scene, kind, rng):
+def hallucinate(
+    scene: Iterable[tuple[int, str, str, int]], kind: str, rng: random.Random
+) -> list[tuple[int, str, str, int]]:
     """A copy of the scene with one group changed so that its caption is wrong in one way, and of the same length."""
     scene = list(scene)
     i = rng.randrange(len(scene))
@@ -97,7 +101,7 @@ def hallucinate(scene, kind, rng):
     return scene
 
 
-def render(scene, rng):
+def render(scene: Iterable[tuple[int, str, str, int]], rng: random.Random) -> Image.Image:
     """The scene as a 48 x 48 RGB image on a dark, slightly varying background."""
     image = Image.new("RGB", (SIZE, SIZE), tuple(rng.randint(15, 35) for _ in range(3)))
     draw = ImageDraw.Draw(image)
@@ -131,7 +135,9 @@ def _draw(draw, shape, x, y, r, colour):
         )
 
 
-def make_dataset(folder, count, seed=0, per_caption=1, name="train"):
+def make_dataset(
+    folder: str | os.PathLike, count: int, seed: int = 0, per_caption: int = 1, name: str = "train"
+) -> Path:
     """Render ``count`` scenes under ``folder`` in LLaVA-Pretrain's layout, the same for the same seed.
 
     Args:
@@ -167,7 +173,7 @@ def make_dataset(folder, count, seed=0, per_caption=1, name="train"):
     return path
 
 
-def make_instructions(folder, count, seed=0, name="instructions"):
+def make_instructions(folder: str | os.PathLike, count: int, seed: int = 0, name: str = "instructions") -> Path:
     """Render ``count`` scenes with conversations as LLaVA's stage 2 has them.
 
     A quarter asks for the caption, the others whether a shape is there. Seven answers in ten are "Yes", to which
@@ -197,7 +203,7 @@ def make_instructions(folder, count, seed=0, name="instructions"):
     return path
 
 
-def make_questions(folder, count, seed=0, name="test"):
+def make_questions(folder: str | os.PathLike, count: int, seed: int = 0, name: str = "test") -> dict[str, Path]:
     """Render ``count`` scenes and write what evaluation asks about them.
 
     Writes under ``folder`` ``mini_pope_<split>.json``, POPE's questions: for each shape in an image one that is not,
