@@ -154,6 +154,51 @@ def test_a_room_imports_only_from_rooms_before_it():
     assert seen > 10
 
 
+# to be typed
+UNTYPED = {
+    *("cli.py", "hub.py", "hallucinate/report.py", "hallucinate/run.py"),
+    *("evaluation/amber.py", "evaluation/analyze.py", "evaluation/answers.py", "evaluation/chair.py"),
+    *("evaluation/charts.py", "evaluation/command.py", "evaluation/figures.py", "evaluation/journal.py"),
+    *("evaluation/lmms.py", "evaluation/measures.py", "evaluation/mmhal.py", "evaluation/pope.py"),
+    *("evaluation/report.py", "evaluation/representations.py", "evaluation/runs.py"),
+}
+
+
+def public_functions(body, inside=()):
+    """(dotted name, function) of what is public at the top of a module and in its public classes."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, (*inside, node))
+        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+            yield from public_functions([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)], inside)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not node.name.startswith("_") or inside and node.name == "__init__":
+                yield ".".join(n.name for n in (*inside, node)), node
+
+
+def untyped(function, method):
+    """Names of a function's arguments without annotation, and "return"."""
+    of = function.args
+    named = [*of.posonlyargs, *of.args]
+    if method and not any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list):
+        named = named[1:]  # self or cls
+    every = [*named, *of.kwonlyargs, *(a for a in (of.vararg, of.kwarg) if a)]
+    returns = function.returns or function.name == "__init__"
+    return [a.arg for a in every if a.annotation is None] + ([] if returns else ["return"])
+
+
+def test_public_functions_are_typed():
+    seen = 0
+    for path in PACKAGE.rglob("*.py"):
+        if str(path.relative_to(PACKAGE)) in UNTYPED:
+            continue
+        for name, function in public_functions(ast.parse(path.read_text()).body):
+            seen += 1
+            lacking = untyped(function, method="." in name)
+            assert not lacking, f"{path}: {name} has no annotation of {', '.join(lacking)}"
+    assert seen > 100
+
+
 def test_only_compat_knows_versions():
     for path in PACKAGE.rglob("*.py"):
         if path.name not in ("compat.py", "cli.py"):
