@@ -42,7 +42,8 @@ KEPT = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshol
 # Who asked for a collective: the nearest of these files up the stack.
 PARTS = {
     "hacl_llava/loss.py": "features",
-    "hacl_llava/modeling.py": "figures for the log",
+    "hacl_llava/fused.py": "self-check",
+    "hacl_llava/model.py": "figures for the log",
     "hacl_llava/guard.py": "guard",
     "hacl_llava/resume.py": "signals",
     "hacl_llava/trainer.py": "trainer",

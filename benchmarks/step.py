@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -35,7 +35,10 @@ from hacl_llava.config import HaclConfig  # noqa: E402
 from hacl_llava.data import HaclCollator  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
 from hacl_llava.common.report import COLOURS, provenance, pyplot, save, table  # noqa: E402
-from hacl_llava.modeling import IGNORE_INDEX, HaclLlavaLlamaForCausalLM  # noqa: E402
+from hacl_llava import fused  # noqa: E402
+from hacl_llava.model import HaclLlavaLlamaForCausalLM  # noqa: E402
+from hacl_llava.packing import unpack  # noqa: E402
+from hacl_llava.representation import IGNORE_INDEX, embed, eos, hidden  # noqa: E402
 
 # hidden, intermediate, layers, heads, vocabulary; the vision tower's hidden size and layers. The output layer has the
 # same share of the weights in each, so that what logits cost does not mislead.
@@ -157,7 +160,19 @@ def make_batch(shape, device, dtype, images, captions, mean):
                 "hallucinated_ids": hallucinated,
             }
         )
-    batch = {k: v.to(device) for k, v in HaclCollator(tokenizer)(rows).items()}
+    batch = HaclCollator(tokenizer)(rows)
+    # What other forms of the step take: texts in rows of their own, and captions apart from hallucinated captions.
+    ids, lengths = unpack(batch["texts"])
+    columns = torch.arange(ids.shape[1]).expand_as(ids)
+    held = columns < lengths[:, None]
+    batch["_spread"] = {
+        "ids": ids,
+        "positions": columns,
+        "owner": torch.where(held, torch.arange(len(ids))[:, None], -1),
+        "end": torch.arange(len(ids)) * ids.shape[1] + lengths - 1,
+    }
+    batch["_apart"] = [(ids[part], lengths[part]) for part in (slice(0, images), slice(images, None))]
+    batch = tree_map(lambda x: x.to(device), batch)
     batch["images"] = torch.randn(images, 3, 336, 336, device=device, dtype=dtype)
     return batch
 
@@ -165,67 +180,70 @@ def make_batch(shape, device, dtype, images, captions, mean):
 # --- the steps compared -----------------------------------------------------------------------------------------------
 
 
+def of_stock(batch):
+    return {k: batch[k] for k in ("input_ids", "labels", "attention_mask", "images")}
+
+
 def stock_step(model, batch):
     """A: LLaVA's own step."""
-    return model(**{k: batch[k] for k in ("input_ids", "labels", "attention_mask", "images")}).loss
+    return model(**of_stock(batch)).loss
 
 
 def stock_step_counted(model, batch):
     """A without its loops over rows, which sizes alone cannot follow: the LLM's work is the same."""
-    embeds, mask, labels, *_ = _spliced(model, batch)
-    return super(type(model), model).forward(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+    return stock_loss(model, fused.splice_images(model, **of_stock(batch)))
+
+
+def stock_loss(model, rows):
+    return model.stock_class.forward(
+        model, inputs_embeds=rows.embeds, attention_mask=rows.mask, labels=rows.labels
+    ).loss
+
+
+def few_logits(model, rows, states):
+    columns = rows.predicting.clamp(min=0)
+    targets = rows.labels[:, 1:].gather(1, columns).masked_fill(rows.predicting < 0, IGNORE_INDEX)
+    logits = model.lm_head(states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def stock_step_few_logits(model, batch):
     """A with logits only where there is a label, so that nobody takes that for HACL's doing."""
-    embeds, mask, labels, columns, *_ = _spliced(model, batch)
-    states = model._hidden(embeds, mask)
-    at = columns.clamp(min=0)
-    states = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
-    targets = labels[:, 1:].gather(1, at).masked_fill(columns < 0, IGNORE_INDEX)
-    logits = model.lm_head(states).float().flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def _spliced(model, batch):
-    return model._splice(*(batch[k] for k in ("input_ids", "attention_mask", "labels", "images")))
+    rows = fused.splice_images(model, **of_stock(batch))
+    return few_logits(model, rows, hidden(model, rows.embeds, rows.mask))
 
 
 def released_step(model, batch):
     """B: four passes with gradient, each padded, logits at every position."""
-    if isinstance(batch["input_ids"], FAKE):
-        embeds, mask, labels, _, start, prefix, whole = _spliced(model, batch)
-    else:
-        embeds, mask, labels, _, start, prefix, whole = model._splice_any(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], batch["images"], None
-        )
-    loss_lm = super(type(model), model).forward(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
-    visual = torch.cat([embeds[:, 1 : 1 + VISUAL], model._eos(embeds)], dim=1)
-    e_v = model._hidden(visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device))[:, -1]
-    with replaced(model, _llm_trains=lambda: True):
-        e_t = model._text_pass(batch["caption_ids"], batch["caption_lengths"], None, None)
-        e_h = model._text_pass(
-            batch["hallucinated_ids"].flatten(0, 1), batch["hallucinated_lengths"].flatten(), None, None
-        )
-    counts = whole & (batch["caption_lengths"] > 0)
-    contrast = model._contrast(loss_lm, e_v, torch.cat([e_t, e_h]), counts, batch["hallucinated_lengths"])
-    return loss_lm + contrast
+    splice = fused.splice_images if isinstance(batch["input_ids"], FAKE) else by_loops
+    rows = splice(model, **of_stock(batch))
+    loss_lm = stock_loss(model, rows)
+    visual = torch.cat([rows.embeds[:, 1 : 1 + VISUAL], eos(model, rows.embeds)], dim=1)
+    e_v = hidden(model, visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device))[:, -1]
+    e_text = []
+    for ids, lengths in batch["_apart"]:
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        states = hidden(model, embed(model, ids), columns[None] < lengths[:, None])
+        e_text.append(states[torch.arange(len(ids), device=ids.device), lengths - 1])
+    return loss_lm + model._contrast(loss_lm, e_v, torch.cat(e_text), rows.whole, batch["texts"]["end"])
 
 
 def our_step(model, batch):
     """C."""
-    return model(**batch).loss
+    return model(**of_stock(batch), texts=batch["texts"]).loss
 
 
 @contextlib.contextmanager
-def replaced(model, **methods):
-    for name, value in methods.items():
-        setattr(model, name, value)
+def replaced(**functions):
+    """Inside, other functions stand in `fused`."""
+    before = {name: getattr(fused, name) for name in functions}
+    for name, function in functions.items():
+        setattr(fused, name, function)
     try:
         yield
     finally:
-        for name in methods:
-            delattr(model, name)
+        for name, function in before.items():
+            setattr(fused, name, function)
 
 
 def without(idea):
@@ -233,65 +251,39 @@ def without(idea):
 
     def step(model, batch):
         if idea == "packed texts":
-            return our_step(model, {k: v for k, v in batch.items() if not k.startswith("packed_")})
-        if idea == "texts without graph":
-            return _with(model, batch, _llm_trains=lambda: True)
-        if idea == "last layer where needed":
-            return _with(model, batch, _hidden_at=lambda *a: _whole_last_layer(model, *a))
-        if idea == "few logits":
-            return _with(model, batch, _fused_pass=lambda *a: _all_logits(model, *a))
-        if idea == "one pass for e_v and loss":
-            return _with(model, batch, _fused_pass=lambda *a: _two_passes(model, *a))
-        if idea == ONE_SPLICE:
-            loops = lambda ids, mask, labels, images, *_: model._splice_any(ids, mask, labels, images, None)  # noqa: E731
-            return _with(model, batch, _splice=loops)
-        raise ValueError(idea)
+            return our_step(model, {**batch, "texts": batch["_spread"]})
+        with replaced(**INSTEAD[idea]):
+            return our_step(model, batch)
 
     return step
 
 
-ONE_SPLICE = "one splice"
-IDEAS = (
-    "one pass for e_v and loss",
-    "texts without graph",
-    "few logits",
-    "packed texts",
-    "last layer where needed",
-    ONE_SPLICE,
-)
+def by_loops(model, input_ids, attention_mask, labels, images, image_sizes=None):
+    is_image = (input_ids == fused.IMAGE_TOKEN_INDEX) & attention_mask
+    return fused._by_loops(model, input_ids, attention_mask, is_image, labels, images, image_sizes)
 
 
-def _with(model, batch, **methods):
-    with replaced(model, **methods):
-        return our_step(model, batch)
-
-
-def _whole_last_layer(model, embeds, see, positions, columns):
-    states = model._hidden(embeds, see[:, None], positions)
-    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
-
-
-def _all_logits(model, embeds, mask, labels, prefix, columns):
-    every = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    states = model._fused_states(embeds, mask, prefix, every)
+def all_logits(model, rows):
+    states = fused.shared_pass(model, rows)
     logits = model.lm_head(states[:, :-2]).float()
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX), states[:, -1]
+    loss = F.cross_entropy(logits.flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+    return loss, states[:, -1]
 
 
-def _two_passes(model, embeds, mask, labels, prefix, columns):
-    B, T = mask.shape
-    every = torch.arange(T, device=embeds.device)
-    see = (every[None, :] <= every[:, None])[None] & mask[:, None, :]
-    at = columns.clamp(min=0)
-    states = model._hidden_at(embeds, see, every.expand(B, -1), at)
-    targets = labels[:, 1:].gather(1, at).masked_fill(columns < 0, IGNORE_INDEX)
-    logits = model.lm_head(states).float().flatten(0, 1)
-    loss_lm = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
-    visual = torch.cat([embeds[:, : 1 + VISUAL], model._eos(embeds)], dim=1)
-    every = torch.arange(visual.shape[1], device=embeds.device)
-    see = (every[None, :] <= every[:, None])[None].expand(B, -1, -1)
-    last = torch.full((B, 1), VISUAL + 1, device=embeds.device)
-    return loss_lm, model._hidden_at(visual, see, every.expand(B, -1), last)[:, 0]
+def two_passes(model, rows):
+    loss_lm = few_logits(model, rows, hidden(model, rows.embeds, rows.mask))
+    visual = torch.cat([rows.embeds[:, : 1 + VISUAL], eos(model, rows.embeds)], dim=1)
+    return loss_lm, hidden(model, visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device))[:, -1]
+
+
+ONE_SPLICE = "one splice"
+INSTEAD = {
+    "one pass for e_v and loss": {"generation": two_passes},
+    "texts without graph": {"graph_of_texts": lambda model: contextlib.nullcontext()},
+    "few logits": {"generation": all_logits},
+    "packed texts": {},
+    ONE_SPLICE: {"splice_images": by_loops},
+}
 
 
 STEPS = {
@@ -299,7 +291,7 @@ STEPS = {
     "A with few logits": stock_step_few_logits,
     "B: HACL as released": released_step,
     "C: HACL here": our_step,
-    **{f"C without: {idea}": without(idea) for idea in IDEAS},
+    **{f"C without: {idea}": without(idea) for idea in INSTEAD},
 }
 FAKE = torch._subclasses.FakeTensor
 
@@ -350,7 +342,7 @@ def count(step, model, batch):
     hook.remove()
     model.zero_grad(set_to_none=True)
     gc.collect()
-    with Peak([*model.parameters(), *model.buffers(), *batch.values()]) as peak:
+    with Peak([*model.parameters(), *model.buffers(), *tree_iter(batch)]) as peak:
         train(step, model, batch)
     passes = len(tokens)
     return {"flops": flops.get_total_flops(), "tokens": sum(tokens), "llm_passes": passes, "peak_bytes": peak.peak}
@@ -408,7 +400,7 @@ def fake(model, batch):
                         trained = tensor.requires_grad
                         kind[name] = torch.nn.Parameter(empty, trained) if kind is module._parameters else empty
     model.hacl_fused = True  # the self-check compares numbers
-    return model, {k: mode.from_tensor(v) for k, v in batch.items()}, mode
+    return model, tree_map(mode.from_tensor, batch), mode
 
 
 def count_all(args, steps, checkpointing, captions, mean):
@@ -457,7 +449,7 @@ def peak_memory(step, model, batch, device):
         train(step, model, batch)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with Peak([*model.parameters(), *model.buffers(), *batch.values()]) as peak:
+    with Peak([*model.parameters(), *model.buffers(), *tree_iter(batch)]) as peak:
         train(step, model, batch)
     return peak.peak
 

@@ -11,11 +11,9 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 LLAVA_INSTALL = "pip install --no-deps llava-torch==1.2.2.post1"
@@ -300,26 +298,6 @@ def savable_generation_config(model: "PreTrainedModel") -> None:
         settings.do_sample = True
 
 
-def rotary(
-    model: "torch.nn.Module",
-    layer: "torch.nn.Module",
-    states: "torch.Tensor",
-    value: "torch.Tensor",
-    positions: "torch.Tensor",
-) -> "Sequence[torch.Tensor]":
-    """Cosines and sines ``[R, T, width of a head]`` of rotary positions, as a decoder layer of the LLM uses them.
-
-    They belong to the model since transformers 4.48, to each layer's attention before; first as tables by length, with
-    4.38 by position.
-    """
-    if hasattr(model, "rotary_emb"):
-        return model.rotary_emb(states, positions)
-    embedding = layer.self_attn.rotary_emb
-    if "position_ids" in _parameters(embedding.forward):
-        return embedding(value, positions)
-    return [table[positions] for table in embedding(value, seq_len=value.shape[-2])]
-
-
 def end_in_order() -> None:
     """Close the process groups when the interpreter ends; for a process that is through with its work."""
     atexit.unregister(_close_process_groups)
@@ -383,8 +361,6 @@ _random_states()
 _resuming_under_deepspeed()
 _fork_beside_gloo()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
-from transformers.models.llama.modeling_llama import rotate_half  # noqa: E402, F401  (not before the shims)
-
 for _class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
     _forward_arguments(_class)
     _quantized_loading(_class)

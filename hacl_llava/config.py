@@ -4,6 +4,7 @@ import os
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+TEMPERATURE_RANGE = (0.001, 0.5)  # the released code's
 NEGATIVES = Literal["own", "batch", "global"]
 CHECK_DATA = Literal["fast", "full", "off"]
 BAD_RECORDS = Literal["refuse", "skip"]
@@ -77,8 +78,9 @@ class HaclConfig:
 
         if not self.weight >= 0:
             refuse("weight", "a number >= 0 (1.0 is the paper's)")
-        if not 0.001 <= self.temperature <= 0.5:
-            refuse("temperature", "a number from 0.001 to 0.5 (0.07 is the usual start)")
+        low, high = TEMPERATURE_RANGE
+        if not low <= self.temperature <= high:
+            refuse("temperature", f"a number from {low} to {high} (0.07 is the usual start)")
         if self.negatives not in (allowed := NEGATIVES.__args__):
             refuse("negatives", f"one of {', '.join(allowed)}")
         if self.num_hallucinated < -1:

@@ -13,7 +13,7 @@ from . import compat  # noqa: F401  (before llava)
 from .common import jsonl
 from .common.images import image_path, size_problem
 from .config import RunSettings, on_first_rank
-from .layout import pack
+from .packing import pack
 from .records import (
     DataError,
     caption_of,
@@ -257,38 +257,19 @@ def _is_plain():
 
 
 class HaclCollator:
-    """LLaVA's collator, then HACL's rows.
+    """LLaVA's collator, and ``texts``: the batch's captions, then its hallucinated captions, as `packing.PackedTexts`.
 
-    Adds ``caption_ids`` ``[B, n]`` and ``caption_lengths`` ``[B]``, and, where the dataset has hallucinated captions,
-    ``hallucinated_ids`` ``[B, K, n']`` and ``hallucinated_lengths`` ``[B, K]``. A length of 0 marks what is missing.
-    Lengths say where EOS is: a literal ``</s>`` inside a caption does no harm. And how these
-    texts fit into few rows: ``packed_texts``, ``packed_columns``, ``packed_starts``, ``packed_at`` (`layout.pack`).
+    The place of each text's EOS is kept: a literal ``</s>`` inside a caption does no harm.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.stock = stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer)
-
-    def _pad(self, rows):
-        lengths = torch.tensor([0 if r is None else len(r) for r in rows], dtype=torch.long)
-        ids = torch.full((len(rows), max(1, int(lengths.max()))), self.tokenizer.pad_token_id, dtype=torch.long)
-        for row, out in zip(rows, ids):
-            if row is not None:
-                out[: len(row)] = row
-        return ids, lengths
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         extra = ("caption_ids", "hallucinated_ids")
         batch = self.stock([{k: v for k, v in x.items() if k not in extra} for x in instances])
-        batch["caption_ids"], batch["caption_lengths"] = self._pad([x["caption_ids"] for x in instances])
-        hallucinated = [x["hallucinated_ids"] for x in instances]
-        if K := len(hallucinated[0]):
-            ids, lengths = self._pad([row for rows in hallucinated for row in rows])
-            batch["hallucinated_ids"] = ids.view(len(instances), K, -1)
-            batch["hallucinated_lengths"] = lengths.view(len(instances), K)
-        texts = batch["caption_lengths"].tolist() + (lengths.tolist() if K else [])
-        names = ("packed_texts", "packed_columns", "packed_starts", "packed_at")
-        return batch | {name: tensor[None] for name, tensor in zip(names, pack(texts))}
+        hallucinated = [text for x in instances for text in x["hallucinated_ids"]]
+        return {**batch, "texts": pack([*(x["caption_ids"] for x in instances), *hallucinated])}
 
 
 class WithRecordIndices:

@@ -135,7 +135,7 @@ def _measure(output, projector, seed):
     import transformers
 
     from .data import HaclCollator, HaclDataset
-    from .modeling import HaclLlavaLlamaForCausalLM
+    from .model import HaclLlavaLlamaForCausalLM
 
     # isort: split
     from llava import conversation

@@ -55,7 +55,7 @@ def install(namespace: dict[str, Any], use_hacl: bool = False, stage: int | None
         stock = namespace[_STOCK] = {name: namespace[name] for name in (*NAMES, *SAVING)}
 
     from .data import make_hacl_data_module, make_plain_data_module
-    from .modeling import HaclLlavaLlamaForCausalLM
+    from .model import HaclLlavaLlamaForCausalLM
     from .trainer import HaclTrainer, ResumableTrainer
 
     def save(trainer, output_dir):

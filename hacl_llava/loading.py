@@ -24,7 +24,7 @@ from .checkpoint import (
 )
 from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, savable_generation_config
 from .config import HaclConfig, HaclError
-from .modeling import HaclLlavaLlamaForCausalLM, HaclLlavaMistralForCausalLM
+from .model import HaclLlavaLlamaForCausalLM, HaclLlavaMistralForCausalLM
 
 # What may stand in a checkpoint beside the model's own: the tower (read from its own place unless it was tuned), old
 # transformers' buffers, and HACL's heads.

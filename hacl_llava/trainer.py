@@ -24,7 +24,7 @@ from .common.files import atomic
 from .compat import STATE_FILE, LLaVATrainer, end_in_order, savable_generation_config
 from .config import HaclError, RunSettings, on_first_rank
 from .guard import NonFiniteGuard
-from .modeling import HEAD_FILE, IGNORE_INDEX, read_head
+from .representation import HEAD_FILE, IGNORE_INDEX, read_head
 from .resume import (
     StopInStep,
     Stopped,
@@ -370,6 +370,14 @@ class HaclTrainer(ResumableTrainer):
     ``closer_to_true`` (see `HaclMixin.hacl_metrics`) and saves the heads beside an unchanged ``mm_projector.bin``."""
 
     _said = False
+
+    def _check_before(self):
+        if self.args.n_gpu > 1:
+            raise HaclError(
+                f"one process was started for {self.args.n_gpu} GPUs, which torch's DataParallel would share batches "
+                "out to; start one a GPU: deepspeed, torchrun, or CUDA_VISIBLE_DEVICES=0 for one GPU."
+            )
+        super()._check_before()
 
     def _say_what_runs(self):
         """One line, from the objects that run rather than from the flags that asked for them."""

@@ -102,7 +102,7 @@ def load(mini, dtype=None, stock=False, select_layer=-2, frozen=True, **settings
 
     from hacl_llava import compat
     from hacl_llava.config import HaclConfig
-    from hacl_llava.modeling import HaclLlavaLlamaForCausalLM
+    from hacl_llava.model import HaclLlavaLlamaForCausalLM
 
     cls = compat.LlavaLlamaForCausalLM if stock else HaclLlavaLlamaForCausalLM
     attn = settings.pop("attn_implementation", None)
@@ -153,7 +153,30 @@ def batch_of(mini, model, tokenizer, indices=range(6), records=None, **data_args
     dataset = HaclDataset(str(path), tokenizer, args)
     batch = HaclCollator(tokenizer)([dataset[i] for i in indices])
     dtype = next(model.parameters()).dtype
-    return {k: v.to(dtype) if torch.is_floating_point(v) else v for k, v in batch.items()}
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+
+
+def texts_of(batch):
+    """The captions of a batch and its hallucinated captions: B lists of ids (None: missing), and B lists of K such."""
+    packed, B = batch["texts"], len(batch["input_ids"])
+    owner, ids = packed["owner"].flatten(), packed["ids"].flatten()
+    found = [ids[owner == n] if end >= 0 else None for n, end in enumerate(packed["end"].tolist())]
+    K = len(found) // B - 1
+    return found[:B], [found[B + i * K : B + (i + 1) * K] for i in range(B)]
+
+
+def with_texts(batch, captions, hallucinated):
+    """The batch with other texts, as `texts_of` returns them."""
+    from hacl_llava.packing import pack
+
+    return {**batch, "texts": pack([*captions, *(text for row in hallucinated for text in row)])}
+
+
+def rows_of(batch, rows):
+    """The batch of some rows of this one, a list of numbers."""
+    captions, hallucinated = texts_of(batch)
+    part = {k: v[rows] for k, v in batch.items() if k != "texts"}
+    return with_texts(part, [captions[i] for i in rows], [hallucinated[i] for i in rows])
 
 
 def gradients(model):

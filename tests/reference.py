@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from conftest import texts_of
 
 
 def naive_loss(v, t, h=None, h_mask=None, mask=None, tau=0.07, negatives="own", ranks=1, queue=None):
@@ -51,7 +52,8 @@ def naive_step(model, batch):
     eos = torch.tensor([model.hacl_eos])
     images = lm.mm_projector(tower(batch["images"]))
     nll, tokens, e_v, e_t, e_h, used, h_mask = 0.0, 0, [], [], [], [], []
-    K = batch["hallucinated_ids"].shape[1] if "hallucinated_ids" in batch else 0
+    captions, hallucinated = texts_of(batch)
+    K = len(hallucinated[0])
     for b in range(len(batch["input_ids"])):
         ids = batch["input_ids"][b][batch["attention_mask"][b]]
         labels = batch["labels"][b][batch["attention_mask"][b]]
@@ -67,15 +69,13 @@ def naive_step(model, batch):
         keep = labels[1:] != -100
         nll = nll + F.cross_entropy(logits[:-1][keep], labels[1:][keep], reduction="sum")
         tokens += int(keep.sum())
-        if not where or not batch["caption_lengths"][b]:
+        if not where or captions[b] is None:
             continue
         used.append(b)
         e_v.append(last_state(torch.cat([embed(ids[:p]), images[b], embed(eos)])))
-        e_t.append(last_state(embed(batch["caption_ids"][b][: batch["caption_lengths"][b]])))
-        lengths = [int(batch["hallucinated_lengths"][b, k]) for k in range(K)]
-        texts = [batch["hallucinated_ids"][b, k][:n] if n else eos for k, n in enumerate(lengths)]
-        e_h += [last_state(embed(x)) for x in texts]
-        h_mask.append([n > 0 for n in lengths])
+        e_t.append(last_state(embed(captions[b])))
+        e_h += [last_state(embed(eos if x is None else x)) for x in hallucinated[b]]
+        h_mask.append([x is not None for x in hallucinated[b]])
     v, t = head.visual(torch.stack(e_v)), head.text(torch.stack(e_t))
     v, t = F.normalize(v, dim=-1), F.normalize(t, dim=-1)
     h = F.normalize(head.text(torch.stack(e_h)), dim=-1).view(len(v), K, -1) if K else None

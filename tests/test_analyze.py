@@ -23,8 +23,8 @@ from hacl_llava.config import HaclConfig, HaclError
 from hacl_llava.evaluation import analyze, figures, measures, representations
 from hacl_llava.evaluation.representations import Extractor, extract, represent, sample_records
 from hacl_llava.loading import Loaded, load_pretrained, merge
-from hacl_llava.modeling import HaclHead
 from hacl_llava.records import DataError
+from hacl_llava.representation import HaclHead
 
 NAMES = ("image", "caption", "hallucinated")
 

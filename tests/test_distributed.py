@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import batch_of, gradients, load
+from conftest import batch_of, gradients, load, rows_of, texts_of, with_texts
 from reference import naive_loss
 from workers import run_ranks
 
@@ -114,18 +114,16 @@ def equal_rows(model, tokenizer, mini):
     batch["input_ids"] = torch.cat([torch.tensor([[1, -200]] * 8), ids], 1)
     batch["labels"] = torch.cat([torch.full((8, 2), -100), ids], 1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    batch["hallucinated_lengths"][2] = 0
-    batch["caption_lengths"][5] = 0
-    return batch
+    captions, hallucinated = texts_of(batch)
+    hallucinated[2], captions[5] = [None] * len(hallucinated[2]), None
+    return with_texts(batch, captions, hallucinated)
 
 
 def model_worker(rank, world, paths, settings, zero=False):
     mini = types.SimpleNamespace(**paths)
     model, tokenizer = load(mini, **settings)
     batch = equal_rows(model, tokenizer, mini)
-    mine = {k: v.chunk(world)[rank] for k, v in batch.items() if not k.startswith("packed_")}
-    if rank == 1:  # different padding on different ranks
-        mine["caption_ids"] = torch.nn.functional.pad(mine["caption_ids"], (0, 3))
+    mine = rows_of(batch, [i for i in range(8) if i * world // 8 == rank])
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     for _ in range(2):
         model.zero_grad()

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import batch_of, gradients, load
+from conftest import batch_of, gradients, load, texts_of, with_texts
 
 from hacl_llava.config import HaclError
 from hacl_llava.guard import BLANK, NonFiniteGuard
@@ -240,9 +240,11 @@ def spoiled(batches, at):
 
 def masked(batches, at):
     """The same batches, with one that has nothing to learn from: loss and gradients are 0."""
-    zero = {k: torch.zeros_like(batches[at][k]) for k in ("caption_lengths", "hallucinated_lengths", "images")}
-    zero["labels"] = torch.full_like(batches[at]["labels"], -100)
-    return [{**b, **zero} if i == at else b for i, b in enumerate(batches)]
+    batch = batches[at]
+    blank = {**batch, "images": torch.zeros_like(batch["images"]), "labels": torch.full_like(batch["labels"], -100)}
+    captions, hallucinated = texts_of(batch)
+    blank = with_texts(blank, [None] * len(captions), [[None] * len(row) for row in hallucinated])
+    return [blank if i == at else b for i, b in enumerate(batches)]
 
 
 def weights(run):
@@ -308,3 +310,10 @@ def test_stop_ends_before_anything_is_saved(mini, tmp_path, batches):
     assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (tmp_path / "a/unfinished").exists()
     assert all(p.isfinite().all() for p in weights(run).values())
+
+
+def test_one_process_with_several_gpus_is_refused(mini, tmp_path, batches):
+    run = trainer(mini, tmp_path, batches)
+    run.args._n_gpu = 2
+    with pytest.raises(HaclError, match="one process was started for 2 GPUs.+deepspeed, torchrun"):
+        run.train()

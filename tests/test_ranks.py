@@ -19,6 +19,7 @@ from conftest import arguments, batch_of, gradients, load, relative
 from test_e2e import log_of
 from workers import ROOT, Run, run_ranks, trained
 
+from hacl_llava import fused
 from hacl_llava.demo import free_port
 from hacl_llava.guard import NonFiniteGuard
 
@@ -50,7 +51,7 @@ def mixed(records):
 
 
 def without_contrast(batch):
-    return {k: v for k, v in batch.items() if not k.startswith(("caption", "hallucinated"))}
+    return {k: v for k, v in batch.items() if k != "texts"}
 
 
 def spoiled(batch):
@@ -104,7 +105,7 @@ def micro_batch(model, backward, batch, guard, i):
     guard.begin(i + 1, torch.tensor([10 * i + dist.get_rank()]))
     loss = model(**batch).loss
     core = getattr(model, "module", model)
-    guard.see(loss, getattr(core, "hacl_own_finite", None) if "caption_ids" in batch else None)
+    guard.see(loss, getattr(core, "hacl_own_finite", None) if "texts" in batch else None)
     backward(loss)
     guard.end(loss.detach())
 
@@ -119,7 +120,7 @@ def engine_worker(rank, world, paths, rows, folder):
         ran = []
         for module_name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, n=module_name, to=ran: to.append(n))
-        model._check_fused(torch.device("cpu"))
+        model.hacl_fused = fused.check(model, torch.device("cpu"))
         guard = NonFiniteGuard("skip", Path(folder) / name)
         guard.watch(model.parameters())
         step = ddp_engine(model) if name == "ddp" else deepspeed_engine(model, name)

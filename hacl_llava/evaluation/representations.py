@@ -28,8 +28,8 @@ from ..common.files import atomic
 from ..common.images import Images
 from ..config import HaclConfig, HaclError
 from ..data import tokenize_caption
+from ..fused import IMAGE_TOKEN_INDEX
 from ..loading import load_pretrained
-from ..modeling import IMAGE_TOKEN_INDEX, read_head
 from ..records import (
     DataError,
     caption_of,
@@ -39,6 +39,7 @@ from ..records import (
     problem_of,
     stream_records,
 )
+from ..representation import read_head
 from .answers import alive
 from .journal import digest_of
 
@@ -194,7 +195,7 @@ def _sizes(files):
 class Extractor:
     """Runs single sequences through a LLaVA model and takes the last layer's state, after the final norm, at EOS.
 
-    The sequences are those of HACL's separate passes (`hacl_llava.modeling.HaclMixin`): ``[BOS, v_1 .. v_m, EOS]`` and
+    The sequences are those of HACL's separate passes (`hacl_llava.representation`): ``[BOS, v_1 .. v_m, EOS]`` and
     ``[BOS, t_1 .. t_n, EOS]``, arXiv 2312.06968.
 
     Args:

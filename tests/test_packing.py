@@ -9,24 +9,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hacl_llava.layout import ROW, pack
+from hacl_llava import fused, representation
+from hacl_llava.fused import splice_images
+from hacl_llava.packing import ROW, pack, unpack
 
 
-@given(st.lists(st.integers(0, 600), min_size=1, max_size=80))
-def test_pack_holds_each_text_once_and_wastes_little(lengths):
-    texts, columns, starts, at = pack(lengths)
-    want = [max(n, 1) for n in lengths]
-    assert texts.shape == columns.shape and (texts >= 0).sum() == sum(want)
-    for i, n in enumerate(want):
-        rows, places = (texts == i).nonzero(as_tuple=True)
-        assert len(set(rows.tolist())) == 1 and places.tolist() == list(range(places[0], places[0] + n))
-        assert columns[rows, places].tolist() == list(range(n))
-        row, slot = divmod(int(at[i]), starts.shape[1])
-        assert row == rows[0] and starts[row, slot] == places[0]
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=80), st.randoms())
+def test_pack_holds_each_text_once_and_wastes_little(lengths, random):
+    texts = [torch.tensor([random.randrange(100) for _ in range(n)]) if n else None for n in lengths]
+    packed = pack(texts)
+    ids, positions, owner = (packed[k].flatten() for k in ("ids", "positions", "owner"))
+    assert (owner >= 0).sum() == sum(lengths) and packed["owner"].numel()
+    for i, (n, text) in enumerate(zip(lengths, texts)):
+        places = (owner == i).nonzero()[:, 0]
+        if not n:
+            assert packed["end"][i] == -1 and not len(places)
+            continue
+        assert places.tolist() == list(range(places[0], places[0] + n)) and packed["end"][i] == places[-1]
+        assert torch.equal(ids[places], text) and positions[places].tolist() == list(range(n))
+        assert len({int(p) // packed["owner"].shape[1] for p in places[[0, -1]]}) == 1  # in one row
     # No row is longer than the shortest and the longest text together.
-    held = (texts >= 0).sum(1)
-    assert held.max() - held.min() <= max(want) and texts.shape[1] == held.max()
-    assert texts.shape[1] <= 2 * max(ROW, *want)
+    held = (packed["owner"] >= 0).sum(1)
+    assert held.max() - held.min() <= max(lengths) and packed["owner"].shape[1] == max(held.max(), 1)
+    assert packed["owner"].shape[1] <= 2 * max(ROW, *lengths)
+    rows, found = unpack(packed)
+    assert found.tolist() == [max(n, 1) for n in lengths]
+    assert all(torch.equal(row[:n], text) for row, n, text in zip(rows, found, texts) if text is not None)
 
 
 def mixed_rows(tokenizer):
@@ -54,7 +62,7 @@ def test_splice_is_llavas(mini, limit):
     mask, labels = ids.ne(tokenizer.pad_token_id), torch.where(ids > 10, ids, -100)
     images = torch.randn(7, 3, *[model.get_vision_tower().image_processor.crop_size["height"]] * 2)
     _, _, held, _, want, want_labels = model.prepare_inputs_labels_for_multimodal(ids, None, mask, None, labels, images)
-    got, got_held, got_labels, predicting, first, behind, whole = model._splice(ids, mask, labels, images)
+    got, got_held, got_labels, predicting, first, behind, whole = splice_images(model, ids, mask, labels, images)
     T = held.shape[1]
     assert T <= got.shape[1] and not got_held[:, T:].any() and (got_labels[:, T:] == -100).all()
     assert torch.equal(got_held[:, :T], held) and torch.equal(got_labels[:, :T], want_labels)
@@ -79,61 +87,25 @@ def test_packed_texts_are_texts_on_their_own(mini, monkeypatch):
     model, tokenizer = load(mini)
     generator = torch.Generator().manual_seed(0)
     lengths = [77, 3, 0, 40, 41, 5, 60, 60, 1, 30, 12, 12] * 2
-    ids = torch.randint(3, model.config.vocab_size, (24, 77), generator=generator)
-    texts = ids, torch.tensor(lengths), None, None
-    packed = [x[None] for x in pack(lengths)]
-    assert packed[0].shape[1] > 1 and packed[2].shape[2] > 2
-    want = model._text_pass(*texts)
-    assert relative(model._packed_text_pass(*texts, packed=packed), want) < 1e-5
-    assert relative(model._packed_text_pass(*texts, packed=(None,) * 4), want) < 1e-5
+    texts = [torch.randint(3, model.config.vocab_size, (n,), generator=generator) if n else None for n in lengths]
+    packed = pack(texts)
+    assert len(packed["ids"]) > 1 and packed["owner"][0].unique().numel() > 2
+    there = torch.tensor(lengths) > 0
+    want = representation.texts(model, packed)[there]
+    alone = [model.get_model()(input_ids=ids[None], return_dict=True)[0][0, -1] for ids in texts if ids is not None]
+    assert relative(want, torch.stack(alone)) < 1e-5
+    assert relative(fused.texts(model, packed)[there], want) < 1e-5
     # Controls: texts that see their neighbours; positions that run on.
-    hidden_at = model._hidden_at
+    hidden = fused.hidden
     for see_all, run_on in ((True, False), (False, True)):
 
-        def broken(embeds, see, positions, columns, see_all=see_all, run_on=run_on):
-            see = torch.ones_like(see).tril() if see_all else see
+        def broken(model, embeds, sees, positions, see_all=see_all, run_on=run_on):
+            sees = torch.ones_like(sees).tril() if see_all else sees
             positions = torch.arange(embeds.shape[1]).expand_as(positions) // 2 if run_on else positions
-            return hidden_at(embeds, see, positions, columns)
+            return hidden(model, embeds, sees, positions)
 
-        monkeypatch.setattr(model, "_hidden_at", broken)
-        assert relative(model._packed_text_pass(*texts, packed=packed), want) > 1e-3
-
-
-def test_last_layer_at_some_columns_is_the_whole_layer(mini):
-    model, _ = load(mini, dtype=torch.float64, frozen=False)
-    model.get_model().layers[-1].self_attn.attention_dropout = 0.0
-    x = torch.randn(3, 11, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
-    see = torch.ones(3, 11, 11, dtype=torch.bool).tril()
-    see[1, 7:, 2] = False
-    positions = torch.arange(11).expand(3, -1).clone()
-    positions[:, -1] = 4
-    columns = torch.tensor([[10, 3], [0, 9], [5, 5]])
-    weight = torch.randn(3, 2, model.config.hidden_size, dtype=torch.float64)
-
-    def gradient(states):
-        model.zero_grad()
-        x.grad = None
-        (states * weight).sum().backward()
-        return {**gradients(model), "x": x.grad.clone()}
-
-    every = torch.arange(3)[:, None]
-    want = model._hidden(x, see[:, None], positions)[every, columns]
-    got = model._hidden_at(x, see, positions, columns)
-    assert relative(got, want) < 1e-6  # of the norms, which compute in float32
-    a, b = gradient(got), gradient(want)
-    assert set(a) == set(b) and all(relative(a[k], b[k]) < 1e-6 for k in b if b[k].norm() > 1e-12)
-    assert relative(model._hidden_at(x, see, positions, columns + (columns < 10).long()), want) > 1e-3
-    assert len(model.get_model().layers) == 2 and type(model.get_model().norm).__name__ != "Identity"
-
-
-@pytest.mark.parametrize("captions", [0, 2])
-def test_some_rows_of_a_batch_are_a_batch(mini, captions):
-    model, tokenizer = load(mini)
-    batch = batch_of(mini, model, tokenizer, range(4), hacl_num_hallucinated=captions)
-    for rows in (slice(0, 2), slice(2, 4), slice(0, 4)):
-        part = {k: v[rows] for k, v in batch.items()}
-        plain = {k: v for k, v in part.items() if not k.startswith("packed_")}
-        assert abs(model(**part).loss - model(**plain).loss) < 1e-5
+        monkeypatch.setattr(fused, "hidden", broken)
+        assert relative(fused.texts(model, packed)[there], want) > 1e-3
 
 
 def test_images_of_several_sizes_take_llavas_loops(mini):
@@ -148,16 +120,6 @@ def test_images_of_several_sizes_take_llavas_loops(mini):
         grads.append(gradients(model))
     assert abs(losses[0] - losses[1]) < 1e-6
     assert all(relative(grads[1][k], grads[0][k]) < 1e-5 for k in grads[0])
-
-
-def test_lengths_decide_where_a_text_ends(mini):
-    """Also when they were changed after the texts were packed."""
-    model, tokenizer = load(mini)
-    batch = batch_of(mini, model, tokenizer, range(4))
-    batch["caption_lengths"][1] -= 2
-    batch["hallucinated_lengths"][2] = 0
-    plain = {k: v for k, v in batch.items() if not k.startswith("packed_")}
-    assert abs(model(**batch).loss - model(**plain).loss) < 1e-5
 
 
 class Waits(TorchDispatchMode):

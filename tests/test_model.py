@@ -6,8 +6,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import batch_of, gradients, load, relative
+from conftest import batch_of, gradients, load, relative, texts_of
 from reference import naive_step
+
+from hacl_llava import fused, representation
 
 CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
@@ -93,26 +95,25 @@ def test_controls_eos_that_sees_the_caption_or_stands_elsewhere_fails(mini, mixe
     batch = batch_of(mini, model, tokenizer, range(7), mixed)
     want = reference(model, batch)
     assert_same(run(model, batch), want)
-    hidden_at = model._hidden_at
+    hidden = fused.hidden
 
-    def sees_one_column_more(embeds, see, positions, columns):
-        prefix = positions[:, -1]  # of the generation pass, where EOS stands behind all
-        if columns.shape[1] > 1 and (prefix < see.shape[1] - 1).all():
-            see = see.clone()
-            see[:, -1] |= torch.arange(see.shape[1])[None] == prefix[:, None]
-        return hidden_at(embeds, see, positions, columns)
+    def sees_one_column_more(model, embeds, sees, positions):
+        if len(sees) == 7:  # of the generation pass, where EOS stands behind all
+            sees = sees.clone()
+            sees[:, 0, -1] |= torch.arange(sees.shape[-1])[None] == positions[:, -1:]
+        return hidden(model, embeds, sees, positions)
 
-    def wrong_position(embeds, see, positions, columns):
-        if len(see) == 7:
+    def wrong_position(model, embeds, sees, positions):
+        if len(sees) == 7:
             positions = positions.clone()
             positions[:, -1] += 1
-        return hidden_at(embeds, see, positions, columns)
+        return hidden(model, embeds, sees, positions)
 
     for broken in (sees_one_column_more, wrong_position):
-        monkeypatch.setattr(model, "_hidden_at", broken)
+        monkeypatch.setattr(fused, "hidden", broken)
         with pytest.raises(AssertionError):
             assert_same(run(model, batch), want)
-        monkeypatch.setattr(model, "_hidden_at", hidden_at)
+        monkeypatch.setattr(fused, "hidden", hidden)
     assert_same(run(model, batch), want)
 
 
@@ -127,8 +128,7 @@ def test_released_visual_row_without_bos(mini, records):
     images = lm.mm_projector(lm.get_vision_tower()(batch["images"]))
     eos = lm.embed_tokens(torch.full((6, 1), tokenizer.eos_token_id))
     e_v = lm(inputs_embeds=torch.cat([images, eos], 1), use_cache=False, return_dict=True)[0][:, -1]
-    rows = [lm(input_ids=i[None, :n], return_dict=True)[0][0, -1] for i, n in
-            zip(batch["caption_ids"], batch["caption_lengths"])]  # fmt: skip
+    rows = [lm(input_ids=ids[None], return_dict=True)[0][0, -1] for ids in texts_of(batch)[0]]
     v, t, tau = head(e_v, torch.stack(rows))
     want = torch.nn.functional.cross_entropy(t @ v.T / tau, torch.arange(6))
     assert abs(want.item() - b[3]) < 1e-5
@@ -149,12 +149,15 @@ def test_without_captions_it_is_stock_llava_bit_for_bit(mini):
 def test_text_pass_has_a_graph_only_when_the_llm_trains(mini):
     model, tokenizer = load(mini)
     batch = batch_of(mini, model, tokenizer)
-    text = [batch[k] for k in ("caption_ids", "caption_lengths", "hallucinated_ids", "hallucinated_lengths")]
-    assert not model._text_pass(*text).requires_grad
+
+    def graphs():
+        return {passes.texts(model, batch["texts"]).requires_grad for passes in (fused, representation)}
+
+    assert graphs() == {False}
     model.enable_input_require_grads()  # LLaVA's hook under gradient checkpointing must not bring the graph back
-    assert not model._text_pass(*text).requires_grad
+    assert graphs() == {False}
     model.get_model().layers[0].mlp.up_proj.weight.requires_grad_(True)
-    assert model._text_pass(*text).requires_grad
+    assert graphs() == {True}
     # and then the whole step still equals the plain one
     assert_same(run(model, batch), reference(model, batch))
 
@@ -222,7 +225,7 @@ def test_dataset_without_hallucinated_captions(mini, records):
     rows = [{k: v for k, v in r.items() if k != "hallucinated_captions"} for r in records[:4]]
     model, tokenizer = load(mini)
     batch = batch_of(mini, model, tokenizer, range(4), rows)
-    assert "hallucinated_ids" not in batch
+    assert len(batch["texts"]["end"]) == 4
     assert_same(run(model, batch), reference(model, batch))
 
 
@@ -231,7 +234,7 @@ def test_literal_eos_in_a_caption(mini, records):
     rows[0]["conversations"][1]["value"] = "a </s> in the middle"
     model, tokenizer = load(mini)
     batch = batch_of(mini, model, tokenizer, range(3), rows)
-    assert (batch["caption_ids"][0] == 2).sum() == 2
+    assert (texts_of(batch)[0][0] == 2).sum() == 2
     assert_same(run(model, batch), reference(model, batch))
 
 
@@ -302,7 +305,7 @@ def test_mistral_twin(mini):
     import transformers
 
     from hacl_llava.config import HaclConfig
-    from hacl_llava.modeling import HaclLlavaMistralForCausalLM
+    from hacl_llava.model import HaclLlavaMistralForCausalLM
 
     base, tokenizer = load(mini)
     config = HaclLlavaMistralForCausalLM.config_class(
@@ -320,6 +323,21 @@ def test_mistral_twin(mini):
     batch = batch_of(mini, base, tokenizer)
     assert_same(run(model, batch), reference(model, batch))
     assert model.hacl_fused
+
+
+def test_forward_takes_llavas_arguments_and_one_more(mini):
+    import inspect
+
+    from hacl_llava import compat
+
+    model, tokenizer = load(mini)
+    ours, stock = (inspect.signature(c.forward).parameters for c in (type(model), compat.LlavaLlamaForCausalLM))
+    assert list(ours) == [*stock, "texts"]
+    batch = batch_of(mini, model, tokenizer)
+    given = [batch.get(name) for name in list(stock)[1:]]
+    assert torch.equal(model(*given, texts=batch["texts"]).loss, model(**batch).loss)  # by place as by name
+    with pytest.raises(ValueError, match="got no images"):
+        model(**{k: v for k, v in batch.items() if k != "images"})
 
 
 def test_left_padding_is_refused(mini):

@@ -1,0 +1,273 @@
+"""LLaVA's model classes with HACL in training. Shapes as in `representation`."""
+
+import functools
+import inspect
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from . import fused, representation
+from .checkpoint import is_whole
+from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
+from .config import HaclConfig, HaclError
+from .loss import HaclLoss
+from .packing import PackedTexts
+from .representation import HEAD_FILE, HaclHead, read_head
+
+
+class HaclMixin:
+    """Adds HACL to a LLaVA model class; put it before that class.
+
+    Until `enable_hacl` is called, and for every batch without ``texts``, the model is the stock one. The names in
+    ``hacl_*`` are training state; `save_pretrained` writes a stock LLaVA checkpoint.
+    """
+
+    stock_class: Any = None  # the LLaVA class that a saved checkpoint names
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.hacl_head = None
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+
+        @functools.wraps(HaclMixin.forward)
+        def forward(self, *args, **kwargs):
+            return HaclMixin.forward(self, *args, **kwargs)
+
+        # No **kwargs in what others see: the Trainer takes them as "the loss is already divided by accumulation steps".
+        stock = inspect.signature(cls.stock_class.forward)
+        ours = inspect.Parameter("texts", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        forward.__signature__ = stock.replace(parameters=[*stock.parameters.values(), ours])
+        cls.forward = forward
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> "HaclMixin":
+        """As LLaVA's, with sdpa in place of flash attention, which does not take the 4-D mask of the fused step.
+
+        Where the folder has a ``hacl_head.safetensors``, HACL is enabled with it.
+
+        Raises:
+            HaclError: the folder holds a projector or a LoRA alone, which `load_pretrained` takes.
+        """
+        folder = Path(args[0]) if args and args[0] is not None else None
+        parts = ("mm_projector.bin", "adapter_config.json")
+        if folder is not None and not is_whole(folder) and any((folder / part).exists() for part in parts):
+            raise HaclError(
+                f"{folder}: is a projector or a LoRA and no whole model; use hacl_llava.load_pretrained(folder, base, "
+                "hacl=True)."
+            )
+        if attn_implementation == "flash_attention_2":
+            # Attention is 1-2 % of the FLOPs at 600 tokens, so little is lost.
+            warnings.warn("HACL: attn_implementation flash_attention_2 is replaced by sdpa.", stacklevel=2)
+            attn_implementation = "sdpa"
+        model = super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
+        if folder is not None:
+            model.load_hacl_head(folder, model.config.eos_token_id)
+        return model
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """LLaVA's, then HACL's heads: the last call before the data is made, after freezing and after PEFT.
+
+        Heads that lie beside ``--pretrain_mm_mlp_adapter``, or without it in the model's own folder, go on from where
+        they were.
+        """
+        super().initialize_vision_tokenizer(model_args, tokenizer)
+        if getattr(model_args, "use_hacl", False):
+            config, projector = HaclConfig.from_arguments(model_args), model_args.pretrain_mm_mlp_adapter
+            folder = Path(projector).parent if projector else self.config._name_or_path  # that of from_pretrained
+            if not self.load_hacl_head(folder, tokenizer.eos_token_id, config):
+                self.enable_hacl(config, tokenizer.eos_token_id)
+
+    def enable_hacl(self, config: HaclConfig, eos_token_id: int) -> None:
+        """Create heads, temperature and loss; from now on a batch with ``texts`` is trained with HACL.
+
+        Args:
+            config: the settings.
+            eos_token_id: the token whose last-layer state is the global representation.
+
+        Raises:
+            HaclError: there is no such token, or the settings do not suit the model.
+        """
+        if eos_token_id is None:
+            raise HaclError("HACL needs a tokenizer with an EOS token; this one has none.")
+        self.hacl_config = config
+        self.hacl_eos = eos_token_id
+        projector = self.get_model().mm_projector
+        reference = next(projector.parameters(), next(self.parameters()))
+        self.hacl_head = HaclHead(self.config.hidden_size, config).to(reference.device)
+        if _zero3():
+            # LLaVA makes the projector in float32; ZeRO-3's linear has no autocast and refuses it beside a bf16 LLM.
+            dtype = self.get_input_embeddings().weight.dtype
+            projector.to(dtype)
+            self.hacl_head.to(dtype)
+        # Reentrant checkpointing complains of a pass without graph, as the text pass is. Once and for all: a filter set
+        # and unset in every step would make others' once-only warnings come back in every step.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        self.hacl_loss = HaclLoss(config.negatives, config.gather, config.queue_size)
+        self.hacl_fused = None if config.fused else False  # None: not yet checked on this model
+        self.config.hacl = config.to_dict()
+        self.reset_hacl_metrics()
+
+    def load_hacl_head(self, folder: str | os.PathLike, eos_token_id: int, config: HaclConfig | None = None) -> bool:
+        """Enable HACL with the heads and the temperature that stage 1 left in ``folder/hacl_head.safetensors``.
+
+        Args:
+            folder: of the run. eos_token_id: as in `enable_hacl`.
+            config: in place of the settings of that run; None: those.
+
+        Returns:
+            Whether there was such a file; without one nothing is changed.
+
+        Raises:
+            HaclError: it is damaged, or its heads have other sizes.
+        """
+        found = read_head(folder)
+        if found is None:
+            return False
+        saved, state = found
+        self.enable_hacl(config or saved, eos_token_id)
+        own = {k: list(v.shape) for k, v in self.hacl_head.state_dict().items()}
+        got = {k: list(v.shape) for k, v in state.items()}
+        if own != got:
+            raise HaclError(
+                f"{folder}/{HEAD_FILE}: holds heads of the shapes {got}, these settings ask for {own} (hacl_head_dim)."
+            )
+        self.hacl_head.load_state_dict(state)
+        return True
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As LLaVA's, without the heads and under the stock class's name, so that every LLaVA tool loads it."""
+        if self.hacl_head is not None:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {k: v for k, v in state_dict.items() if "hacl_head." not in k}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        self.config.architectures = [self.stock_class.__name__]
+        if is_main_process:
+            self.config.save_pretrained(save_directory)
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, texts: PackedTexts | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        """LLaVA's forward, bit for bit; with ``texts``, HACL's training loss (arXiv 2312.06968).
+
+        Args:
+            texts: the captions of the batch, then its hallucinated captions, as `data.HaclCollator` packs them; then
+                ``input_ids``, ``labels`` and ``images`` are needed. All other arguments are LLaVA's.
+
+        Returns:
+            With texts, only ``loss`` = loss_lm + weight * (loss_i2t + loss_t2i) / 2; its parts are added to
+            `hacl_metrics`. A row counts for the contrast if it has exactly one image, whole, and a caption.
+
+        Raises:
+            HaclError: an argument is missing, or rows are padded on the left.
+        """
+        if texts is None or self.hacl_head is None:
+            return super().forward(*args, **kwargs)
+        rows = fused.splice_images(self, **self._batch(args, kwargs))
+        if self.hacl_fused is None:
+            self.hacl_fused = fused.check(self, rows.embeds.device)
+        passes = fused if self.hacl_fused else representation
+        loss_lm, e_v = passes.generation(self, rows)
+        e_text = passes.texts(self, texts)
+        contrast = self._contrast(loss_lm, e_v, e_text, rows.whole, texts["end"])
+        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_config.weight * contrast)
+
+    def _batch(self, args, kwargs):
+        """Of the stock forward's arguments those that HACL's step takes."""
+        given = inspect.signature(self.stock_class.forward).bind(self, *args, **kwargs).arguments
+        names = "input_ids", "attention_mask", "labels", "images", "image_sizes"
+        batch = {name: given.get(name) for name in names}
+        if missing := [name for name in ("input_ids", "labels", "images") if batch[name] is None]:
+            raise HaclError(f"with texts, HACL's forward needs input_ids, labels and images; got no {missing[0]}.")
+        if (side := getattr(self.config, "tokenizer_padding_side", "right")) != "right":
+            raise HaclError(f"HACL needs right padding; config.tokenizer_padding_side is {side!r}.")
+        return batch
+
+    def _contrast(self, loss_lm, e_v, e_text, whole, end):
+        B = len(e_v)
+        image_features, text_features, temperature = self.hacl_head(e_v, e_text)
+        hallucinated = hallucination_mask = None
+        if len(end) > B:
+            hallucinated = text_features[B:].view(B, -1, text_features.shape[-1])
+            hallucination_mask = end[B:].view(B, -1) >= 0
+        own = (loss_lm, image_features, text_features)  # before those of other ranks join
+        self.hacl_own_finite = torch.stack([torch.isfinite(x.detach()).all() for x in own]).all()
+        counts = whole & (end[:B] >= 0)
+        parts = self.hacl_loss(image_features, text_features[:B], hallucinated, hallucination_mask, counts, temperature)
+        with torch.no_grad():
+            sums = (loss_lm, parts["loss_i2t"], parts["loss_t2i"], temperature)
+            sums += tuple(parts[k] for k in ("retrieval_correct", "retrieval_total", "closer_to_true", "closer_total"))
+            sums = torch.stack([s.detach().double() for s in (*sums, torch.ones_like(loss_lm))])
+            sums = sums.where(torch.isfinite(sums).all(), torch.zeros_like(sums))  # or the means would never recover
+            self._hacl_sums = sums if self._hacl_sums is None else self._hacl_sums + sums
+        return parts["loss"]
+
+    # --- figures for the log ------------------------------------------------------------------------------------------
+
+    def reset_hacl_metrics(self) -> None:
+        """Forget the sums behind `hacl_metrics`."""
+        self._hacl_sums = None
+
+    def hacl_metrics(self, reset: bool = True) -> dict[str, float]:
+        """Means since the last reset over steps and ranks; every rank must call it.
+
+        Returns:
+            ``loss_lm``, ``loss_i2t``, ``loss_t2i``, ``temperature``, ``retrieval_accuracy`` (share of images whose
+            caption is the closest of the batch's) and ``closer_to_true`` (share of images closer to their caption than
+            to each of their hallucinated ones); empty before the first HACL step, and without the shares that had
+            nothing to count.
+        """
+        if self._hacl_sums is None:  # on all ranks alike, since they run the same steps
+            return {}
+        sums = self._hacl_sums
+        if dist.is_available() and dist.is_initialized():
+            sums = sums.clone()
+            dist.all_reduce(sums)
+        lm, i2t, t2i, temperature, right, of, closer, closer_of, steps = sums.tolist()
+        if reset:
+            self.reset_hacl_metrics()
+        if not steps:  # none was finite
+            return {}
+        figures = {
+            "loss_lm": lm / steps,
+            "loss_i2t": i2t / steps,
+            "loss_t2i": t2i / steps,
+            "temperature": temperature / steps,
+        }
+        if of:
+            figures["retrieval_accuracy"] = right / of
+        if closer_of:
+            figures["closer_to_true"] = closer / closer_of
+        return figures
+
+
+def _zero3():
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+class HaclLlavaLlamaForCausalLM(HaclMixin, LlavaLlamaForCausalLM):
+    """LLaVA on Llama or Vicuna, with HACL in training."""
+
+    stock_class = LlavaLlamaForCausalLM
+
+
+class HaclLlavaMistralForCausalLM(HaclMixin, LlavaMistralForCausalLM):
+    """LLaVA on Mistral, with HACL in training. Sliding windows shorter than a row are not for the fused step."""
+
+    stock_class = LlavaMistralForCausalLM
