@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from . import __version__
 from .config import HaclError
@@ -266,7 +267,7 @@ def _parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a mistake in what was given ends with one line and exit status 2."""
     args = _parser().parse_args(argv)
     try:

@@ -9,11 +9,15 @@ import os
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .common.files import read_json, write_text
 from .common.report import TEMPLATES, literal, table
 from .config import HaclError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 CARD = "README.md"
 _MARK = "hacl_llava writes this file anew"
@@ -146,7 +150,7 @@ def _is_ours(card):
     return form or re.search(f"<!--[^>]*{_MARK}", text) is not None
 
 
-def read_evaluation(path):
+def read_evaluation(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read evaluation results, as a model card shows them.
 
     Args:
@@ -200,7 +204,12 @@ def _name_of(folder):
     return Path(os.path.abspath(folder)).name
 
 
-def write_card(folder, evaluation=None, source=None, base=None):
+def write_card(
+    folder: str | os.PathLike,
+    evaluation: str | os.PathLike | None = None,
+    source: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
+) -> Path | None:
     """Write the model card ``README.md`` into a checkpoint's folder, from what its files say.
 
     No path of this machine gets into it. A README.md that was not written by this function is never touched.
@@ -284,7 +293,7 @@ def write_card(folder, evaluation=None, source=None, base=None):
 # ---- the hub
 
 
-def client(repo_id):
+def client(repo_id: str) -> "HfApi":
     """huggingface_hub's client, once all is there that needs no network: a name, a token, and not being offline.
 
     The token is HF_TOKEN's, or that of `hf auth login`.
@@ -357,7 +366,9 @@ def _why(error, repo_id, token):
     return f"{repo_id}: the hub answers {status}{f' ({said})' if said else ''}: {what}."
 
 
-def push(folder, repo_id, private=True, revision=None):
+def push(
+    folder: str | os.PathLike, repo_id: str, private: bool = True, revision: str | None = None
+) -> tuple[str, bool]:
     """Upload a checkpoint's folder to the Hugging Face hub, into a repository that is made where there is none.
 
     The token is huggingface_hub's own: HF_TOKEN, or that of `hf auth login`. The state of a run is left out

@@ -26,8 +26,11 @@ official script takes "Yes" and "No" alone and counts anything else as wrong; he
 """
 
 import functools
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..common.files import read_json, read_text
 from ..common.statistics import ratio
@@ -107,7 +110,7 @@ def _words(folder):
     return related, known, safe
 
 
-def read(path, suffix=SUFFIX):
+def read(path: str | os.PathLike, suffix: str = SUFFIX) -> dict[str, list[Question]]:
     """Read AMBER's questions.
 
     Args:
@@ -184,7 +187,7 @@ def _annotation_problem(value, related):
     return None
 
 
-def nouns(text, known):
+def nouns(text: str, known: Mapping[str, str]) -> list[str]:
     """AMBER's words in a text: ``known`` maps a lower-case word to itself as AMBER writes it.
 
     A word is taken for itself or for the singular that AMBER has. Not for nouns are taken: "can" but after a
@@ -259,14 +262,14 @@ def _described(question, answer):
     return {"counts": counts, "objects": found, "hallucinated": wrong, "truth": truth}
 
 
-def parse(answer):
+def parse(answer: str) -> str | None:
     """ "yes" or "no" by the answer's first word, in any case and without marks; None where it is neither."""
     first = re.match(r"[^\w]*(\w+)", answer)
     word = first[1].lower() if first else ""
     return word if word in ("yes", "no") else None
 
 
-def score(question, answer):
+def score(question: Question, answer: str) -> dict[str, Any]:
     """One answer.
 
     Returns:

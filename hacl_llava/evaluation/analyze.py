@@ -1,10 +1,13 @@
 """``hacl-llava analyze``: the paper's Figure 1 (arXiv 2312.06968) and its numbers, for one to four checkpoints."""
 
+import argparse
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..common.files import write_json, write_text
 from ..common.report import as_html, as_markdown, provenance
@@ -33,7 +36,7 @@ LABELS = {
 _SPOKEN = ("modality_gap", "alignment", "image_to_text_r1", "text_to_image_r1", "closer_to_true", "mean_margin")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``hacl-llava analyze`` to an argparse parser."""
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or hub id; one to four")
     parser.add_argument("--data", metavar="JSON", required=True, help="LLaVA-format json with hallucinated_captions")
@@ -72,7 +75,7 @@ def add_arguments(parser):
     )
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
@@ -88,7 +91,7 @@ def main(args):
         raise HaclError(f"{where}: {error.strerror or error}; the same command goes on from there.") from None
 
 
-def analyze(args):
+def analyze(args: argparse.Namespace) -> int:
     """Represent, measure, draw and write; what was represented before is taken from its file.
 
     Args:
@@ -157,7 +160,7 @@ def analyze(args):
     return 0
 
 
-def slug(name):
+def slug(name: str) -> str:
     """A name as part of a file's name."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
@@ -217,7 +220,7 @@ def _verdict(change, second):
     return "no clear difference"  # also where an interval is not known
 
 
-def findings(analysis):
+def findings(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the numbers say, in plain sentences; a difference is named as one only where its interval leaves out 0.
 
     Returns:

@@ -6,6 +6,8 @@ holds rows of one length alone, with images of one shape: nothing is padded, so 
 
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,11 +15,15 @@ from torch.utils.data import DataLoader
 from ..chat import generation_settings, prompt_ids, say
 from ..common.images import Images
 from ..config import HaclError
+from . import Question
 from .journal import Answer
 
 # isort: split
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, conv_templates
+
+if TYPE_CHECKING:
+    from ..loading import Loaded
 
 WAITING = 8  # batches' worth of images that wait for others of their kind at most
 
@@ -26,7 +32,7 @@ def _as_it_is(value):
     return value
 
 
-def alive(loader):
+def alive(loader: DataLoader) -> Iterator[Any]:
     """What a DataLoader yields; HaclError where one of its processes was ended from outside."""
     try:
         yield from loader
@@ -47,7 +53,7 @@ class Answerer:
         workers: processes that read images (None: up to 4 beside a GPU, else none).
     """
 
-    def __init__(self, loaded, template, batch_size=16, workers=None):
+    def __init__(self, loaded: "Loaded", template: str, batch_size: int = 16, workers: int | None = None) -> None:
         self.tokenizer, self.model, self.image_processor, context = loaded
         self.template, self.batch_size, self.said = conv_templates[template], batch_size, False
         self.plain = self.template.sep_style == SeparatorStyle.PLAIN
@@ -63,12 +69,12 @@ class Answerer:
         ends = self.settings.eos_token_id
         self.ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
 
-    def prompt(self, question):
+    def prompt(self, question: Question) -> torch.Tensor:
         """The token ids [1, n] of a question."""
         text = question.text.encode("utf-8", "replace").decode().replace(DEFAULT_IMAGE_TOKEN, "")
         return prompt_ids([(text, None)], self.template, self.tokenizer, self.model.config)
 
-    def room(self, ids, pixels, max_new_tokens):
+    def room(self, ids: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> int:
         """How many tokens an answer may have, at most ``max_new_tokens``.
 
         Args:
@@ -82,7 +88,9 @@ class Answerer:
             raise HaclError(f"takes {length} tokens with its image; allowed are {longest}.")
         return min(max_new_tokens, self.context - length)
 
-    def answers(self, questions, images, max_new_tokens):
+    def answers(
+        self, questions: Sequence[Question], images: str | os.PathLike, max_new_tokens: int
+    ) -> Iterator[Answer]:
         """Ask questions about images.
 
         Args:
@@ -145,7 +153,7 @@ class Answerer:
         except torch.cuda.OutOfMemoryError:
             return None
 
-    def reply(self, rows):
+    def reply(self, rows: Sequence[tuple]) -> list[tuple[str, tuple[int, ...]]]:
         """Greedy answers to rows that one batch can hold.
 
         Args:
@@ -159,7 +167,9 @@ class Answerer:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [(text.strip(), tuple(row)) for text, row in zip(texts, tokens)]
 
-    def generate(self, ids, pixels, sizes, max_new_tokens):
+    def generate(
+        self, ids: torch.Tensor, pixels: torch.Tensor, sizes: Iterable[tuple[int, int]], max_new_tokens: int
+    ) -> list[list[int]]:
         """Greedy tokens after prompts of one length.
 
         Args:
@@ -184,7 +194,9 @@ class Answerer:
         return [_to_its_end(row, self.ends) for row in out.tolist()]
 
 
-def kind_of(ids, pixels, size):
+def kind_of(
+    ids: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]
+) -> tuple[int, torch.Size, tuple[int, int] | bool]:
     """What rows of one batch have in common; arguments as of `Answerer.room`, and the image's (width, height)."""
     return ids.shape[1], pixels.shape, _pictures(pixels) > 1 and size  # LLaVA-1.6: size says how many tokens it takes
 

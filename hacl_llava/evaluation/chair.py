@@ -16,10 +16,12 @@ words are joined where the official script joins two.
 
 import functools
 import json
+import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.files import read_lines, read_text
 from ..common.statistics import ratio
@@ -114,7 +116,7 @@ def _read(path):
     return Synonyms(category, frozenset(colours))
 
 
-def read_synonyms(path=None):
+def read_synonyms(path: str | os.PathLike | None = None) -> Synonyms:
     """Read a list of synonyms.
 
     Args:
@@ -130,7 +132,7 @@ def read_synonyms(path=None):
     return _read(str(path or SYNONYMS))
 
 
-def mentions(text, synonyms):
+def mentions(text: str, synonyms: Synonyms) -> list[tuple[str, str]]:
     """The objects that a text names: [(word or phrase as it stands, category)], in order, repeats included."""
     tokens, found, i = _tokens(text), [], 0
     while i < len(tokens):
@@ -151,7 +153,9 @@ def mentions(text, synonyms):
     return found
 
 
-def read(paths, synonyms=None, prompt=PROMPT):
+def read(
+    paths: str | Path | Sequence[str | os.PathLike], synonyms: str | os.PathLike | None = None, prompt: str = PROMPT
+) -> list[Question]:
     """Read what is in the images.
 
     Args:
@@ -232,7 +236,7 @@ def _coco(path, whole):
         ) from None
 
 
-def score(question, answer):
+def score(question: Question, answer: str) -> dict[str, Any]:
     """One caption.
 
     Returns:

@@ -2,16 +2,18 @@
 
 import math
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ..common.report import COLOURS, MARKERS, STYLES, plain, pyplot, save, shorten
-from .runs import QUANTITIES, is_number, way_of
+from .runs import QUANTITIES, Run, is_number, way_of
 
 
 def _label(text):
     return plain(" ".join(shorten(text, 40).split()))
 
 
-def smooth(values):
+def smooth(values: Sequence[float]) -> list[float]:
     """Means over the twelfth of the values (at most 100) around each; nan stays nan.
 
     Centred, so that a curve that falls is not drawn later than it fell, and over as few on both sides at the start,
@@ -25,7 +27,7 @@ def smooth(values):
     return out
 
 
-def lines_of(runs, stage):
+def lines_of(runs: Iterable[Run], stage: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """(label, colour, style, training) of each line; the colour is the run's in all pictures.
 
     Seven colours and four styles: no two of 28 runs look alike.
@@ -38,7 +40,7 @@ def lines_of(runs, stage):
             yield label, COLOURS[index % len(COLOURS)], STYLES[(index + turn) % len(STYLES)], training
 
 
-def curve_of(training, key, beside_contrast):
+def curve_of(training: Mapping[str, Any], key: str, beside_contrast: bool) -> list[tuple[float, float]] | None:
     """[(step, value)] of one quantity, or None; ``beside_contrast``: other lines of the panel are HACL's."""
     # Without contrast the loss that is trained is the caption loss: it belongs beside the caption losses of the others.
     if key == "loss_lm" and not training["hacl"] and beside_contrast:
@@ -46,7 +48,7 @@ def curve_of(training, key, beside_contrast):
     return training["curves"].get(key)
 
 
-def draw_curves(series, path):
+def draw_curves(series: Sequence[tuple[str, str, str, dict[str, Any]]], path: str | os.PathLike) -> None:
     """A panel for each quantity that was logged, a line for each of `lines_of`, to a PNG file."""
     plt = pyplot()
     contrast = any(t["hacl"] for *_, t in series)
@@ -81,7 +83,7 @@ def _share_like(entries):
     return all(e.get("value") is None or is_number(e["value"]) and 0 <= e["value"] <= 1 for e in entries)
 
 
-def draw_evaluation(runs, tasks, path):
+def draw_evaluation(runs: Sequence[Run], tasks: Sequence[dict[str, Any]], path: str | os.PathLike) -> bool:
     """Values with intervals on the left, differences from the baseline on the right; returns whether there are any."""
     rows = []
     for task in tasks:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..common import jsonl
@@ -17,6 +18,7 @@ from ..common.images import image_file
 from ..common.report import provenance
 from ..config import DataError, HaclError
 from ..hallucinate.command import whole
+from . import Question
 
 _SHOWN = 10  # failures of a task that are printed one by one
 _HOPELESS = 20  # failures in a row from the beginning that end a run
@@ -29,7 +31,7 @@ def _api(text):
     return text
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give an argparse parser the command's arguments."""
     add = parser.add_argument
     add("--model", required=True, metavar="CHECKPOINT", help="folder or hub id, or api:NAME behind an endpoint")
@@ -73,7 +75,7 @@ class Task:
         this run. settings: what its answers depend on. judged: by a model, not by rules. journal: its answers.
     """
 
-    def __init__(self, module, name, questions, args):
+    def __init__(self, module: ModuleType, name: str, questions: list[Question], args: argparse.Namespace) -> None:
         from ..common.statistics import sample
 
         self.module, self.name, self.questions = module, "".join(c if c.isprintable() else " " for c in name), questions
@@ -91,7 +93,7 @@ class Task:
         self.judged = hasattr(module, "score_with")
         self.journal = None
 
-    def pending(self):
+    def pending(self) -> list[Question]:
         """The questions of this run that have no answer yet."""
         return [q for q in self.asked if "text" not in self.journal.lines.get(q.id, ())]
 
@@ -290,7 +292,7 @@ def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:

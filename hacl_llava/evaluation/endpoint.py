@@ -17,7 +17,7 @@ LARGEST_IMAGE = 10_000_000  # bytes sent as they are
 class EndpointAnswerer:
     """Asks an endpoint, as `answers.Answerer` asks a checkpoint."""
 
-    def __init__(self, endpoint: Endpoint):
+    def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
 
     def answers(

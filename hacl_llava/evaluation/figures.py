@@ -1,7 +1,11 @@
 """Pictures of representations, drawn with matplotlib into PNG files; the paper's Figure 1 and two charts beside it."""
 
 import importlib.util
+import os
 import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -9,6 +13,9 @@ from ..common.report import COLOURS, MARKERS, plain, pyplot, save
 from ..config import HaclError
 from .analyze import METHODS
 from .measures import unit
+
+if TYPE_CHECKING:
+    from .representations import Representations
 
 _DRAWN = 500  # images in a picture; more would hide each other
 # Squares are hollow, since a hallucinated caption often lies where its caption does.
@@ -18,7 +25,7 @@ _ROLES = tuple(
 _TEXT = {"font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 11}
 
 
-def need():
+def need() -> None:
     """Raise ImportError, naming what to install, before any work is done."""
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "sklearn")):
         raise ImportError(
@@ -26,7 +33,14 @@ def need():
         )
 
 
-def draw(out, found, analysis, spaces, methods, seed=0):
+def draw(
+    out: Path,
+    found: "Sequence[Representations]",
+    analysis: Mapping[str, Any],
+    spaces: Mapping[str, str],
+    methods: Sequence[str],
+    seed: int = 0,
+) -> list[dict[str, str]]:
     """Draw every picture of an analysis.
 
     Args:
@@ -91,7 +105,7 @@ def _draw_pairs(out, space, title, models):
     return {"file": closer, "title": f"Closer to true ({title})", "note": note}
 
 
-def project(x, method, seed=0):
+def project(x: np.ndarray, method: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
     """Two coordinates of each row.
 
     Args:
@@ -120,7 +134,15 @@ def project(x, method, seed=0):
     return points[places.reshape(-1)], None
 
 
-def scatter(path, panels, method, joint, heading, seed=0, lines=12):
+def scatter(
+    path: str | os.PathLike,
+    panels: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    method: str,
+    joint: bool,
+    heading: str,
+    seed: int = 0,
+    lines: int = 12,
+) -> None:
     """One panel a model: images, captions and hallucinated captions in two dimensions.
 
     Args:
@@ -202,7 +224,9 @@ def _square(groups):
     return [(middle - half, middle + half) for middle in (low + high) / 2]
 
 
-def closer_chart(path, models, heading):
+def closer_chart(
+    path: str | os.PathLike, models: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], heading: str
+) -> None:
     """Share of pairs closer to the true caption, by kind of hallucination, with intervals and the line of chance.
 
     Args:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common import jsonl
 from ..common.files import write_json
@@ -26,7 +28,7 @@ class Answer(NamedTuple):
     tokens: tuple = ()
 
 
-def digest_of(folder):
+def digest_of(folder: str | os.PathLike) -> str:
     """A sha256 that tells one checkpoint from another without reading gigabytes.
 
     It covers names and sizes of a folder's weights and of the settings beside them, all of those up to 64 MiB, and of
@@ -48,7 +50,7 @@ def digest_of(folder):
     return digest.hexdigest()
 
 
-def check_settings(path, settings):
+def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> dict[str, Any]:
     """Compare what answers depend on with what the answers of an earlier run depend on.
 
     Args:
@@ -96,7 +98,7 @@ class Answers:
         DataError: a line is damaged.
     """
 
-    def __init__(self, path, *key):
+    def __init__(self, path: str | os.PathLike, *key: str) -> None:
         self.path, self.key, self.lines = Path(path), key, {}
         self._journal = jsonl.Journal(path, self._keep)
 
@@ -106,14 +108,15 @@ class Answers:
     def _keep(self, value, place):
         self.lines[self._name(value)] = value
 
-    def append(self, value):
+    def append(self, value: dict[str, Any]) -> None:
         """Add a line, as `jsonl.Journal.append`."""
         self._journal.append(value)
 
-    def close(self):
+    def close(self) -> None:
+        """Close the file."""
         self._journal.close()
 
-    def sort(self, names):
+    def sort(self, names: Iterable[Hashable]) -> None:
         """Rewrite the file, one line for each name, in the order of ``names``, others after them."""
         self.close()
         order = {name: i for i, name in enumerate(names)}
@@ -121,7 +124,7 @@ class Answers:
         jsonl.write(self.path, (value for _, value in lines))
 
 
-def write_settings(path, settings):
+def write_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
     """Write settings.json, unless it is there."""
     if not Path(path).exists():
         write_json(path, settings)

@@ -5,6 +5,7 @@ point group ``lmms_eval.models``, whatever model is asked for: LLaVA is imported
 """
 
 import os
+from typing import TYPE_CHECKING, NoReturn
 
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
@@ -12,10 +13,15 @@ from tqdm import tqdm
 from ..config import HaclError
 from . import Question
 
+if TYPE_CHECKING:
+    import torch
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models.registry_v2 import ModelManifest
+
 MAX_NEW_TOKENS = 1024  # where a task says nothing, as lmms-eval's own LLaVA has it
 
 
-def manifest():
+def manifest() -> "ModelManifest":
     """What the entry point gives lmms-eval: the name of the model, and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -38,16 +44,16 @@ class HaclLlava(lmms):
 
     def __init__(
         self,
-        pretrained,
-        base=None,
-        conv_template=None,
-        batch_size=1,
-        device=None,
-        dtype=None,
-        bits=None,
-        vision_tower=None,
-        attn_implementation=None,
-    ):
+        pretrained: str | os.PathLike,
+        base: str | os.PathLike | None = None,
+        conv_template: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        bits: int | None = None,
+        vision_tower: str | os.PathLike | None = None,
+        attn_implementation: str | None = None,
+    ) -> None:
         super().__init__()
         from ..chat import default_template
         from ..loading import load_pretrained
@@ -77,7 +83,7 @@ class HaclLlava(lmms):
         self.answerer = Answerer(loaded, template, int(batch_size), workers=0)
         self.device = loaded.model.device
 
-    def generate_until(self, requests):
+    def generate_until(self, requests: "list[Instance]") -> list[str]:
         """Answer requests; ``until`` is passed over, as lmms-eval's own LLaVA does.
 
         Args:
@@ -136,12 +142,12 @@ class HaclLlava(lmms):
             )
         return images[0].convert("RGB")
 
-    def loglikelihood(self, requests):
+    def loglikelihood(self, requests: "list[Instance]") -> NoReturn:
         """Not there: ``NotImplementedError``."""
         task = requests[0].args[4]
         raise NotImplementedError(f"task {task} compares likelihoods; hacl_llava answers generate_until tasks alone.")
 
-    def generate_until_multi_round(self, requests):
+    def generate_until_multi_round(self, requests: "list[Instance]") -> NoReturn:
         """Not there: ``NotImplementedError``."""
         raise NotImplementedError("a task asks in rounds; hacl_llava answers generate_until tasks alone.")
 

@@ -11,16 +11,22 @@ too: its interval is over queries.
 
 import itertools
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..common import statistics
-from ..common.statistics import ratio
+from ..common.statistics import Counts, ratio
+
+if TYPE_CHECKING:
+    from .representations import Item, Representations
 
 TIE = 1e-9  # cosines less apart than this are equal: sums of floats in another order are
 
 
-def unit(x):
+def unit(x: ArrayLike) -> np.ndarray:
     """Rows of unit norm in float64; a row of zeros stays."""
     x = np.asarray(x, dtype=np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
@@ -29,7 +35,9 @@ def unit(x):
 # --- per image --------------------------------------------------------------------------------------------------------
 
 
-def retrieval(queries, targets, same):
+def retrieval(
+    queries: np.ndarray, targets: np.ndarray, same: tuple[Sequence, Sequence]
+) -> tuple[np.ndarray, np.ndarray]:
     """Rank of the best right target of each query: 1 plus the wrong targets that are at least as similar.
 
     A tie counts against: a model that sends everything to one point finds nothing.
@@ -53,7 +61,7 @@ def retrieval(queries, targets, same):
     return ranks, right_of
 
 
-def chance_of_recall(right_of, k):
+def chance_of_recall(right_of: np.ndarray, k: int) -> float:
     """Expected recall at k of a random order: mean over queries of 1 - C(N - c, k) / C(N, k), c of N targets right."""
     n, missed = len(right_of), np.ones(len(right_of))
     for i in range(min(k, n)):
@@ -68,7 +76,16 @@ def _direction(a, b):
     return d / length if length else d
 
 
-def items_of(v, t, h, owner, ids, images, captions, kinds):
+def items_of(
+    v: np.ndarray,
+    t: np.ndarray,
+    h: np.ndarray,
+    owner: np.ndarray,
+    ids: Sequence[int],
+    images: Sequence[str],
+    captions: Sequence[str],
+    kinds: Sequence[str | None],
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """What each image adds to the sums that `MEASURES` are functions of, as items for `statistics`.
 
     Args:
@@ -148,7 +165,7 @@ MEASURES = {
 }
 
 
-def of_kind(kind):
+def of_kind(kind: str) -> Callable[[Counts], np.ndarray]:
     """The measure closer_to_true over hallucinated captions of one kind."""
     return lambda s: ratio(s[f"closer:{kind}"], s[f"m:{kind}"])
 
@@ -165,7 +182,9 @@ def _without_nan(found, key):
     return {name: x for name, x in found.items() if x[key] == x[key]}
 
 
-def analyse(names, found, items, seed=0):
+def analyse(
+    names: Sequence[str], found: "Sequence[Representations]", items: "Sequence[Item]", seed: int = 0
+) -> dict[str, Any]:
     """Measure every model, and every pair of them against each other.
 
     Args:

@@ -10,10 +10,12 @@ hallucination; here the judge is asked again, and at last the question is marked
 """
 
 import ast
+import os
 import re
 import string
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from ..common.files import read_json, read_text
@@ -77,7 +79,7 @@ First explain in two or three sentences. Then end with one line, "Rating: " and 
 )
 
 
-def read_rubric(path=None):
+def read_rubric(path: str | os.PathLike | None = None) -> Rubric:
     """The judge's prompt.
 
     Args:
@@ -113,7 +115,7 @@ def _template(path, source):
     raise DataError(f"{path}: assigns no text to `template`; give MMHal-Bench's own eval_gpt4.py.")
 
 
-def read(path):
+def read(path: str | os.PathLike) -> list[Question]:
     """Read the questions.
 
     Args:
@@ -151,7 +153,7 @@ def read(path):
     return questions
 
 
-def parse(reply):
+def parse(reply: str) -> int | None:
     """The rating 0 to 6 in a judge's reply, or None where there is none, a range, or several that differ; bold type is
     passed over."""
     plain = re.sub(r"[*_`]", "", reply).lower()
@@ -160,12 +162,14 @@ def parse(reply):
     return int(rating) if rating is not None and re.fullmatch("[0-6]", rating) else None
 
 
-def score(question, answer):
+def score(question: Question, answer: str) -> NoReturn:
     """MMHal-Bench needs a judge: raises HaclError; see `score_with`."""
     raise HaclError(f"MMHal-Bench question {question.id}: needs a judge; give --judge api:NAME.")
 
 
-def score_with(question, answer, ask, rubric=None):
+def score_with(
+    question: Question, answer: str, ask: Callable[[list[dict[str, str]]], str], rubric: Rubric | None = None
+) -> dict[str, Any]:
     """One answer, judged.
 
     Args:

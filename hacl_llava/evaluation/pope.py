@@ -16,8 +16,10 @@ Where that script goes wrong, this one differs:
 - (lmms-eval's ``pope_yes_ratio`` is that of the labels; here, as in the script, it is that of the answers.)
 """
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..common.files import read_lines
 from ..common.statistics import ratio
@@ -44,7 +46,7 @@ METRICS = {
 }
 
 
-def task_name(path):
+def task_name(path: str | os.PathLike) -> str:
     """What a question file is called: ``coco_pope_adversarial.json`` is "POPE coco adversarial", others their stem."""
     stem = Path(path).stem
     found = re.fullmatch(r"(\w+?)_pope_(seem_)?(random|popular|adversarial)", stem)
@@ -55,7 +57,7 @@ def task_name(path):
     return f"POPE {data} {'seem ' if seem and data == 'coco' else ''}{kind}"
 
 
-def read(path, suffix=SUFFIX):
+def read(path: str | os.PathLike, suffix: str = SUFFIX) -> dict[str, list[Question]]:
     """Read one question file; a file with categories is several tasks.
 
     Args:
@@ -131,13 +133,13 @@ def _labels(path, where, category):
     raise DataError(f"{where}: has no label{beside}, or give POPE's own question files, which have labels.")
 
 
-def parse(answer):
+def parse(answer: str) -> str:
     """ "yes" or "no", as POPE's script takes an answer."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def doubt(answer):
+def doubt(answer: str) -> str | None:
     """Why an answer is unclear, or None: any case, whole words, in the whole answer."""
     words = {w.replace("’", "'") for w in re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", answer.lower())}
     yes, no = "yes" in words, bool(words & {"no", "not"}) or any(w.endswith("n't") for w in words)
@@ -150,7 +152,7 @@ def doubt(answer):
     return None
 
 
-def score(question, answer):
+def score(question: Question, answer: str) -> dict[str, Any]:
     """One answer.
 
     Returns:

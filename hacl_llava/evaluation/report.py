@@ -5,10 +5,13 @@ What is found below the folders is read, never changed: trainer_state.json of tr
 inside), report.md (pictures beside it) and report.json (its numbers).
 """
 
+import argparse
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..common.files import write_bytes, write_json, write_text
 from ..common.images import image_file
@@ -17,6 +20,7 @@ from ..config import HaclError
 from .charts import curve_of, draw_curves, draw_evaluation, lines_of
 from .runs import (
     QUANTITIES,
+    Run,
     compare,
     config_of,
     dict_of,
@@ -39,7 +43,7 @@ _LONGEST = 1500  # characters of an answer that are shown
 _SMALL = 1000  # questions below which a comparison is called small
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give an argparse parser the command's arguments."""
     add = parser.add_argument
     add("runs", metavar="NAME=FOLDER", nargs="+", help="a run's folder, searched to any depth; FOLDER: named after it")
@@ -81,7 +85,7 @@ def _unlikely_alone(comparison):
     return "mcnemar" in comparison and comparison["mcnemar"]["p_holm"] >= 0.05
 
 
-def summarise(tasks, runs, baseline):
+def summarise(tasks: Sequence[dict[str, Any]], runs: Sequence[Run], baseline: Run) -> dict[str, Any]:
     """Plain sentences from the numbers.
 
     Returns:
@@ -543,7 +547,7 @@ def _evaluations(runs, baseline, seed):
     return tasks
 
 
-def make_report(runs, args):
+def make_report(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, Any]:
     """Write the report of ``runs`` to ``args.output``; returns its numbers, what report.json holds."""
     output = Path(args.output)
     with_something = [r for r in runs if r.training or r.tasks]  # a folder of an analysis is no run of its own
@@ -594,7 +598,7 @@ def make_report(runs, args):
     return found
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Read the runs, write the report, and print what came of it; returns 0.
 
     Raises:

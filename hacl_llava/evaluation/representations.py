@@ -11,9 +11,10 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from ..common.images import Images
 from ..config import HaclConfig, HaclError
 from ..data import tokenize_caption
 from ..fused import IMAGE_TOKEN_INDEX
-from ..loading import load_pretrained
+from ..loading import Loaded, load_pretrained
 from ..records import (
     DataError,
     caption_of,
@@ -79,7 +80,7 @@ class Representations:
     skipped: list
     about: dict
 
-    def only(self, index):
+    def only(self, index: Iterable[int]) -> "Representations":
         """The same for some of the records, ``index``, in that order; all of them must be here."""
         row_of = {int(i): row for row, i in enumerate(self.index)}
         rows = np.array([row_of[int(i)] for i in index], dtype=np.int64)
@@ -91,7 +92,7 @@ class Representations:
         return Representations(self.index[rows], owner, self.which[kept], spaces, self.skipped, self.about)
 
 
-def sample_records(path, limit, seed):
+def sample_records(path: str | os.PathLike, limit: int, seed: int) -> tuple[list[Item], dict[str, Any], list[str]]:
     """Draw records with an image and a caption, whole and readable as LLaVA's; the same ones for the same seed.
 
     A larger ``limit`` draws the same records and more. Images are not opened here.
@@ -143,7 +144,7 @@ def sample_records(path, limit, seed):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def hacl_settings(path):
+def hacl_settings(path: str | os.PathLike) -> tuple[HaclConfig | None, bool]:
     """A checkpoint's own HACL settings.
 
     Args:
@@ -163,7 +164,7 @@ def hacl_settings(path):
     return (HaclConfig.from_dict(saved) if saved else None), False
 
 
-def common_visual_bos(paths):
+def common_visual_bos(paths: Iterable[str | os.PathLike]) -> bool:
     """Whether the visual sequence begins with BOS: the checkpoints' own setting, for all of them the same.
 
     Returns:
@@ -205,7 +206,7 @@ class Extractor:
         workers: processes that read images; 0 reads them here.
     """
 
-    def __init__(self, loaded, visual_bos=True, batch_size=16, workers=0):
+    def __init__(self, loaded: Loaded, visual_bos: bool = True, batch_size: int = 16, workers: int = 0) -> None:
         self.tokenizer, self.model, self.processor, _ = loaded
         self.batch_size, self.workers = batch_size, workers
         config = self.model.config
@@ -228,7 +229,9 @@ class Extractor:
         return states[torch.arange(len(states), device=states.device), end.to(states.device)].float().cpu()
 
     @torch.no_grad()
-    def images(self, folder, names, label=""):
+    def images(
+        self, folder: str | os.PathLike, names: Sequence[str], label: str = ""
+    ) -> tuple[torch.Tensor, list[int], dict[int, str]]:
         """Represent images.
 
         Args:
@@ -259,7 +262,7 @@ class Extractor:
         return (torch.cat(found) if found else torch.zeros(0, self.model.config.hidden_size)), rows, failed
 
     @torch.no_grad()
-    def texts(self, texts, label=""):
+    def texts(self, texts: Iterable[str], label: str = "") -> torch.Tensor:
         """Represent texts, in batches of like length; one that repeats is computed once.
 
         Returns:
@@ -286,7 +289,15 @@ class Extractor:
         return states[[place[text] for text in texts]]
 
 
-def extract(loaded, items, images, visual_bos=True, batch_size=16, workers=0, label=""):
+def extract(
+    loaded: Loaded,
+    items: Sequence[Item],
+    images: str | os.PathLike,
+    visual_bos: bool = True,
+    batch_size: int = 16,
+    workers: int = 0,
+    label: str = "",
+) -> Representations:
     """Represent records by a loaded model; head space as well where the model has heads.
 
     Args:
@@ -355,7 +366,19 @@ def _read(path, digest):
     return Representations(get["index"], get["owner"], get["which"], spaces, skipped, about)
 
 
-def represent(path, base, items, data_digest, images, file, *, visual_bos, label="", options=None, **how):
+def represent(
+    path: str | os.PathLike,
+    base: str | os.PathLike | None,
+    items: Sequence[Item],
+    data_digest: str,
+    images: str | os.PathLike,
+    file: str | os.PathLike,
+    *,
+    visual_bos: bool,
+    label: str = "",
+    options: dict[str, Any] | None = None,
+    **how: Any,
+) -> tuple[Representations, bool]:
     """Representations of records by one checkpoint, taken from ``file`` where it holds them, else written there.
 
     Args:

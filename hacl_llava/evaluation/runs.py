@@ -6,8 +6,9 @@ import math
 import os
 import random
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.files import read_json
 from ..config import DataError, HaclError
@@ -51,7 +52,7 @@ class Run(NamedTuple):
     left_out: list
 
 
-def parse_runs(words):
+def parse_runs(words: Iterable[str]) -> list[tuple[str, str]]:
     """``NAME=FOLDER`` or ``FOLDER`` to [(name, folder)].
 
     Raises:
@@ -74,7 +75,7 @@ def parse_runs(words):
     return list(runs.items())
 
 
-def printable(value):
+def printable(value: Any) -> Any:
     """Strings of a json value without what neither a file nor a page can hold: surrogates, control characters."""
     if isinstance(value, str):
         value = value.encode("utf-8", "replace").decode()
@@ -88,7 +89,7 @@ def _load(path):
     return printable(read_json(path, expected=dict))
 
 
-def read_run(name, folder, output=None):
+def read_run(name: str, folder: str | os.PathLike, output: str | os.PathLike | None = None) -> Run:
     """Read what a run's folder holds, at any depth; ``checkpoint-*``, hidden folders and ``output`` are passed over.
 
     Returns:
@@ -125,7 +126,7 @@ def _lines(path):
         return sum(1 for line in file if line.strip())
 
 
-def config_of(folder):
+def config_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint's config.json says of HACL and LLaVA, or None where it cannot be read."""
     try:
         config = _load(folder / "config.json")
@@ -206,7 +207,7 @@ def _task(run, folder):
     run.tasks[result["task"]] = {"folder": str(folder), "result": result, "items": items}
 
 
-def figure_of(entry, key="value"):
+def figure_of(entry: Any, key: str = "value") -> dict[str, Any]:
     """{key: a number or None, "interval": [low, high] or None} of what a file has for a figure."""
     entry = entry if isinstance(entry, dict) else {key: entry}
     value, interval = entry.get(key), entry.get("interval")
@@ -221,7 +222,7 @@ def _analysis(run, folder):
     run.analyses.append((str(folder), analysis))
 
 
-def is_number(value):
+def is_number(value: Any) -> bool:
     """Whether a json value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -238,22 +239,22 @@ def _flat(value, prefix=""):
     return flat
 
 
-def settings_of(result):
+def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """What an evaluation says of its settings, and of the judge where there is one, flat: {"judge.name": ...}."""
     return _flat({**dict_of(result.get("settings")), **({"judge": result["judge"]} if "judge" in result else {})})
 
 
-def list_of(value):
+def list_of(value: Any) -> list:
     """The value if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
 
 
-def dict_of(value):
+def dict_of(value: Any) -> dict:
     """The value if it is a dict, else an empty one: for files that hold something else."""
     return value if isinstance(value, dict) else {}
 
 
-def differing_settings(runs):
+def differing_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Settings of one task's evaluations that are not the same in all runs, and neither harmless nor the model's.
 
     Returns:
@@ -273,7 +274,7 @@ def differing_settings(runs):
     return found
 
 
-def tasks_of(runs):
+def tasks_of(runs: Iterable[Run]) -> list[str]:
     """Names of all tasks, in the order in which the runs have them."""
     return list(dict.fromkeys(t for run in runs for t in run.tasks))
 
@@ -286,7 +287,7 @@ def _same_question(a, b):
     return a.get("image") == b.get("image") and a.get("label") == b.get("label")
 
 
-def compare(a, b, task, seed=0):
+def compare(a: Run, b: Run, task: str, seed: int = 0) -> dict[str, Any]:
     """The paired comparison of two runs in one task, over the questions that both answered.
 
     Args:
@@ -332,13 +333,13 @@ def compare(a, b, task, seed=0):
     return comparison
 
 
-def way_of(metric):
+def way_of(metric: str) -> int:
     """1 where more of a metric is better, -1 where less is, 0 where neither; of its kinds (``existence_f1``) alike."""
     ways = {_BETTER[n] for n in _BETTER if metric == n or metric.startswith(f"{n}_") or metric.endswith(f"_{n}")}
     return _BETTER.get(metric) or (ways.pop() if len(ways) == 1 else 0)
 
 
-def verdict_of(metric, entry):
+def verdict_of(metric: str, entry: Mapping[str, Any]) -> str | None:
     """``improved``, ``worse``, ``changed``, ``unclear``; None where it is undefined."""
     interval = entry.get("interval") or ()
     if len(interval) != 2 or not all(map(is_number, (*interval, entry.get("difference")))):
@@ -353,7 +354,9 @@ def verdict_of(metric, entry):
 # ---- the gallery
 
 
-def draw_gallery(a, b, tasks, size, seed=0):
+def draw_gallery(
+    a: Run, b: Run, tasks: Iterable[str], size: int, seed: int = 0
+) -> list[tuple[str, list[dict[str, Any]]]]:
     """Questions that the runs ``a`` and ``b`` answered differently, drawn at random.
 
     Of those that exactly one of the two got right, up to half of ``size`` of each side: once among questions with a

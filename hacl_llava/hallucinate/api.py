@@ -58,7 +58,7 @@ class Asking:
         settings: Settings | None = None,
         spent: Mapping[str, int] | None = None,
         seed: int | None = None,
-    ):
+    ) -> None:
         self.model, self.checker, self.settings = model, checker, settings or Settings()
         self.prompt = Prompt(self.settings.prompt, self.settings.examples)
         self.price, self.seed, self.spent = self.settings.price, seed, Counter(spent or {})
@@ -143,7 +143,7 @@ class ApiSource(Asking):
         endpoint: where. The others: as of `Asking`.
     """
 
-    def __init__(self, endpoint: Endpoint, checker: Checker, **more: Any):
+    def __init__(self, endpoint: Endpoint, checker: Checker, **more: Any) -> None:
         super().__init__(endpoint.model, checker, **more)
         self.endpoint = endpoint
         endpoint.known = bool(self.spent)

@@ -100,7 +100,7 @@ class ResultFiles(Asking):
         HaclError: a file cannot be read, or is of another run; from ``answers``: all results are one error.
     """
 
-    def __init__(self, paths: Iterable[str], run: str, tries: Mapping[int, int], **more: Any):
+    def __init__(self, paths: Iterable[str], run: str, tries: Mapping[int, int], **more: Any) -> None:
         super().__init__(**more)
         self.paths, self.run, self.tries = list(paths), run, tries
         self.lines, self.errors, self.damaged = 0, Counter(), []

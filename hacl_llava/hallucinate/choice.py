@@ -16,7 +16,7 @@ REFUSAL = re.compile(
 class Work:
     """What is known of one item so far: captions taken, candidates refused, tokens paid."""
 
-    def __init__(self, item: Item):
+    def __init__(self, item: Item) -> None:
         self.item, self.got, self.refused = item, [], []
         self.rejected, self.usage, self.reserved = Counter(), Counter(), Counter()
         self.attempt = self.cut = 0

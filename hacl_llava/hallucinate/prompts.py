@@ -70,7 +70,7 @@ class Prompt:
     as earlier turns.
     """
 
-    def __init__(self, system: str = PAPER_PROMPT, examples: Iterable[Mapping[str, str]] = ()):
+    def __init__(self, system: str = PAPER_PROMPT, examples: Iterable[Mapping[str, str]] = ()) -> None:
         self.system, self.examples = system, tuple(examples)
 
     def messages(self, item: Item, avoid: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -191,7 +191,7 @@ class Settings:
     price: tuple | None = None  # dollars per million tokens, (input, output), for the cost shown
     max_cost: float | None = None  # dollars, not to be passed over all starts of a run
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed, right in (
             ("prompt", "a text", lambda v: isinstance(v, str) and v.strip()),
             ("temperature", "a number from 0", lambda v: _number(v) and v >= 0),

@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 from collections import Counter
+from typing import Any
 
 from ..common.files import write_text
 from ..common.report import COLOURS, as_markdown, pyplot, save
@@ -11,7 +12,7 @@ from ..config import HaclError
 from ..records import caption_of, name_of, stream_records
 from . import KINDS
 from .checks import length, normal
-from .run import chance
+from .run import Run, chance
 
 _EXAMPLES = 10  # of each kind
 
@@ -22,7 +23,7 @@ def _stem(target):
     return target
 
 
-def measure(run, summary):
+def measure(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Everything the report shows, as a dict that json can hold; ``summary`` is the run's.
 
     ``length_ratio``: tokens of a hallucinated caption over those of its caption. ``repeated``: hallucinated captions
@@ -148,7 +149,7 @@ def _picture(found, path):
     save(figure, path)
 
 
-def write_report(run, summary, command):
+def write_report(run: Run, summary: dict[str, Any], command: str) -> str:
     """Write the report of a run beside its target: ``.report.md``, ``.report.json``, ``.report.png``.
 
     Returns:

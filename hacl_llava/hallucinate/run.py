@@ -12,6 +12,8 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,7 +29,7 @@ from ..records import (
     with_captions,
     write_records,
 )
-from . import Item
+from . import Answer, Item
 from .rules import BLOCK
 
 EXIT_INCOMPLETE = 1  # some records are still to be asked for: the same command does it
@@ -35,7 +37,7 @@ AGAIN = "results: "  # begins the reason of a record whose answer, read from a f
 _SHOWN = 10  # problems named in a message
 
 
-def chance(*key):
+def chance(*key: Any) -> float:
     """A number in [0, 1) that depends on the key alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") / 2**64
 
@@ -49,7 +51,7 @@ class Survey:
         many have one. captions: how many are to be rewritten; characters: their total length.
     """
 
-    def __init__(self, path, replace=False):
+    def __init__(self, path: str | os.PathLike, replace: bool = False) -> None:
         self.path, self.records, self.images, self.captions, self.characters = path, 0, 0, 0, 0
         self.problems, self.skip, self.duplicates = [], {}, 0
         digest, ids, images, repeated, text_only = hashlib.sha256(), set(), set(), set(), []
@@ -94,13 +96,13 @@ class Survey:
                 if problem_of(record, plain=False) is None and hash(record.get("image")) in repeated:
                     self.same_image.setdefault(hash(record["image"]), []).append(caption_of(record))
 
-    def others(self, record):
+    def others(self, record: dict[str, Any]) -> tuple[str, ...]:
         """The other captions of a record's image."""
         captions = self.same_image.get(hash(record.get("image")), ())
         mine = caption_of(record)
         return tuple(dict.fromkeys(c for c in captions if c and c != mine))
 
-    def refuse(self):
+    def refuse(self) -> None:
         """Raise for what is wrong with the records, all of it in one message."""
         if not self.problems:
             return
@@ -120,7 +122,7 @@ class Journal:
         HaclError: another run is writing it; it belongs to another input or other settings; the disk is full.
     """
 
-    def __init__(self, path, header, records, restart=False):
+    def __init__(self, path: str | os.PathLike, header: dict[str, Any], records: int, restart: bool = False) -> None:
         self.path = path
         self.done = bytearray(records)  # 1: answered, 2: to be asked again
         self.places = array.array("q", [-1]) * records
@@ -162,28 +164,30 @@ class Journal:
         if (entry.get("reason") or "").startswith(AGAIN):  # a zero for each of 558k records would be 50 MB
             self.tries[index] += 1
 
-    def add(self, source, answer):
+    def add(self, source: str, answer: Answer) -> None:
         """Keep an `Answer` for a record that is not done."""
         entry = {"record": answer.index, "source": source, "captions": answer.captions}
         entry |= {k: v for k in ("reason", "failed", "rejected", "usage") if (v := getattr(answer, k))}
         self._journal.append(entry)
 
-    def entry(self, index):
+    def entry(self, index: int) -> dict[str, Any] | None:
         """What is known of a record, or None."""
         return None if self.places[index] < 0 else self._journal.at(self.places[index])
 
-    def sync(self):
+    def sync(self) -> None:
+        """Bring what was added to the disk."""
         self._journal.sync()
 
-    def close(self):
+    def close(self) -> None:
+        """Close the file, and let other runs write it."""
         if self._journal is not None:
             self._journal.close()
         self._lock.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
 
@@ -213,18 +217,18 @@ class Run:
 
     def __init__(
         self,
-        source,
-        target,
+        source: str | os.PathLike,
+        target: str | os.PathLike,
         *,
-        settings,
-        per_caption,
-        types,
-        seed,
-        bad_records="refuse",
-        replace=False,
-        limit=None,
-        restart=False,
-    ):
+        settings: dict[str, Any],
+        per_caption: int,
+        types: Mapping[str, float],
+        seed: int,
+        bad_records: str = "refuse",
+        replace: bool = False,
+        limit: int | None = None,
+        restart: bool = False,
+    ) -> None:
         self.source, self.target = os.fspath(source), os.fspath(target)
         self.per_caption, self.types, self.seed, self.limit = per_caption, types, seed, limit
         self.journal_path = self.target + ".journal"
@@ -257,12 +261,12 @@ class Run:
                     "--restart to replace it."
                 )
 
-    def open(self):
+    def open(self) -> Journal:
         """Take the journal, and with it the right to write."""
         self.journal = Journal(self.journal_path, self.header, self.survey.records, self.restart)
         return self.journal
 
-    def wanted(self, index):
+    def wanted(self, index: int) -> tuple[str, ...]:
         """The kinds to ask for, one for each hallucinated caption of a record; different ones while there are any."""
         kinds = []
         for turn in range(self.per_caption):
@@ -275,7 +279,7 @@ class Run:
             kinds.append(chosen)
         return tuple(kinds)
 
-    def items(self, mine, whole_blocks=False):
+    def items(self, mine: Callable[[int], bool], whole_blocks: bool = False) -> Iterator[Item]:
         """The `Item` of every record that is still to be done; ``mine(index)``: whether a source has it."""
         block, done = [], self.journal.done
         for index, (_, record) in enumerate(stream_records(self.source)):
@@ -297,7 +301,7 @@ class Run:
         if not all(done[i.index] == 1 for i in block):
             yield from block
 
-    def split(self, sources):
+    def split(self, sources: Mapping[str, tuple[float, Any]]) -> dict[str, Callable[[int], bool]]:
         """{name: function that says whether it has a record}, by the sources' shares."""
         total, at, bounds = sum(share for share, _ in sources.values()), 0.0, {}
         for name, (share, _) in sources.items():
@@ -308,13 +312,15 @@ class Run:
         seed = self.seed
         return {n: lambda i, a=a, b=b: a <= chance(seed, "source", i) < b for n, (a, b) in bounds.items()}
 
-    def remaining(self, mine):
+    def remaining(self, mine: Callable[[int], bool]) -> int:
         """How many records a source has still to do, of those that can be told without reading."""
         last = self.survey.records if self.limit is None else min(self.limit, self.survey.records)
         done, skip = self.journal.done, self.survey.skip
         return sum(done[i] != 1 and i not in skip and mine(i) for i in range(last))
 
-    def ask(self, sources, cost=None):
+    def ask(
+        self, sources: Mapping[str, tuple[float, Any]], cost: Callable[[Mapping[str, int]], float] | None = None
+    ) -> list[str]:
         """Ask every source for its records, one source after the other; answers go to the journal as they come.
 
         Args:
@@ -358,7 +364,7 @@ class Run:
                 stopped.append(source.stopped)
         return stopped
 
-    def assemble(self):
+    def assemble(self) -> None:
         """Write the target from input and journal.
 
         Raises:
@@ -387,12 +393,12 @@ class Run:
     def _changed(self):
         return HaclError(f"{self.source}: was changed while it was being read; nothing was written.")
 
-    def entries(self):
+    def entries(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """(index, journal entry or None) of every record, in order."""
         for index in range(self.survey.records):
             yield index, self.journal.entry(index)
 
-    def summary(self):
+    def summary(self) -> dict[str, Any]:
         """Counts of the whole run so far, for people and for the report; and which records are without, by reason."""
         found = {
             "records": self.survey.records,
