@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..common import jsonl
 from ..common.files import locked, read_json, write_json, write_text
 from ..common.images import image_file
-from ..common.report import provenance
+from ..common.report import as_markdown, provenance
 from ..config import DataError, HaclError
 from ..hallucinate.command import whole
 from . import Question
@@ -482,31 +482,33 @@ def _report(output, results):
                 mine.add(other["task"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: is not what an evaluation writes ({error}); remove it.") from None
-    entries, lines, undefined = [], [], []
+    entries, rows, undefined = [], [], []
     for result in sorted(results, key=lambda r: r["task"]):
         counts = result["counts"]
-        last = f"{counts['scored']} | {counts['failed']} | {counts['unclear']} |"
+        last = counts["scored"], counts["failed"], counts["unclear"]
         for metric, found in result["metrics"].items():
             value, interval = _number(found["value"]), [_number(v) for v in found["interval"]]
             if value is None:
                 undefined.append(f"{metric} of {result['task']}")
                 continue
             low_high = "–" if None in interval else f"{interval[0]:.3f} – {interval[1]:.3f}"
-            lines.append(f"| {result['task']} | {metric} | {value:.3f} | {low_high} | {last}")
+            rows.append((result["task"], metric, f"{value:.3f}", low_high, *last))
             entries.append({"task": result["task"], "metric": metric, "value": value})
             if None not in interval:
                 entries[-1]["interval"] = interval
         if all(_number(found["value"]) is None for found in result["metrics"].values()):
-            lines.append(f"| {result['task']} | – | – | – | {last}")
+            rows.append((result["task"], "–", "–", "–", *last))
     if entries:
         write_json(output / "evaluation.json", entries)
-    head = "| task | metric | value | 95 % interval | scored | failed | unclear |\n|---|---|---|---|---|---|---|\n"
     models = sorted({result["model"] for result in results})
     judges = sorted({f"{r['judge']['name']} ({r['judge']['rubric']})" for r in results if "judge" in r})
-    text = f"# {', '.join(models)}\n\n{head}" + "\n".join(lines) + "\n"
-    text += "\nIntervals: percentile bootstrap over images.\n"
-    text += f"Undefined, as there is nothing to divide by: {', '.join(undefined)}.\n" if undefined else ""
-    text += f"Judge: {', '.join(judges)}.\n" if judges else ""
+    head = ("task", "metric", "value", "95 % interval", "scored", "failed", "unclear")
+    notes = ["Intervals: percentile bootstrap over images."]
+    if undefined:
+        notes.append(f"Undefined, as there is nothing to divide by: {', '.join(undefined)}.")
+    if judges:
+        notes.append(f"Judge: {', '.join(judges)}.")
+    text = as_markdown([("heading", 1, ", ".join(models)), ("table", head, rows), *(("text", note) for note in notes)])
     write_text(output / "results.md", text)
     print(text)
     failed = sum(result["counts"]["failed"] for result in results)
