@@ -88,7 +88,7 @@ def run(output: str | os.PathLike, images: int = 6000, epochs: int = 5, seed: in
 
 
 def free_port() -> str:
-    """A port of this machine that nobody listens on."""
+    """A port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
