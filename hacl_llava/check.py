@@ -87,7 +87,7 @@ class Finding(NamedTuple):
 # --- one record -------------------------------------------------------------------------------------------------------
 
 
-def text_findings(record: Any, plain: bool, max_length: int | None = None) -> list[tuple[str, str]]:
+def text_findings(record: Any, plain: bool, max_length: int | None = None) -> list[tuple[str, str]]:  # noqa: C901
     """(kind, text) of what is wrong with a record by itself, errors first; no file is opened.
 
     Args:

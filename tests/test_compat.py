@@ -154,16 +154,6 @@ def test_a_room_imports_only_from_rooms_before_it():
     assert seen > 10
 
 
-# to be typed
-UNTYPED = {
-    *("cli.py", "hub.py", "hallucinate/report.py", "hallucinate/run.py"),
-    *("evaluation/amber.py", "evaluation/analyze.py", "evaluation/answers.py", "evaluation/chair.py"),
-    *("evaluation/charts.py", "evaluation/command.py", "evaluation/figures.py", "evaluation/journal.py"),
-    *("evaluation/lmms.py", "evaluation/measures.py", "evaluation/mmhal.py", "evaluation/pope.py"),
-    *("evaluation/report.py", "evaluation/representations.py", "evaluation/runs.py"),
-}
-
-
 def public_functions(body, inside=()):
     """(dotted name, function) of what is public at the top of a module and in its public classes."""
     for node in body:
@@ -190,8 +180,6 @@ def untyped(function, method):
 def test_public_functions_are_typed():
     seen = 0
     for path in PACKAGE.rglob("*.py"):
-        if str(path.relative_to(PACKAGE)) in UNTYPED:
-            continue
         for name, function in public_functions(ast.parse(path.read_text()).body):
             seen += 1
             lacking = untyped(function, method="." in name)

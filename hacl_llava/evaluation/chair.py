@@ -72,7 +72,7 @@ def _key(phrase):
 
 
 @functools.lru_cache(maxsize=8)
-def _read(path):
+def _read(path):  # noqa: C901
     text = read_text(path)
     # comments, and lines that go on with the one before
     lines = re.sub(r"\n[ \t]+", " ", re.sub(r"(?m)^#.*\n?", "", text)).splitlines()

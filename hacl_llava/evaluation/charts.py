@@ -83,7 +83,7 @@ def _share_like(entries):
     return all(e.get("value") is None or is_number(e["value"]) and 0 <= e["value"] <= 1 for e in entries)
 
 
-def draw_evaluation(runs: Sequence[Run], tasks: Sequence[dict[str, Any]], path: str | os.PathLike) -> bool:
+def draw_evaluation(runs: Sequence[Run], tasks: Sequence[dict[str, Any]], path: str | os.PathLike) -> bool:  # noqa: C901
     """Values with intervals on the left, differences from the baseline on the right; returns whether there are any."""
     rows = []
     for task in tasks:

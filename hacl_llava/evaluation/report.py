@@ -85,7 +85,7 @@ def _unlikely_alone(comparison):
     return "mcnemar" in comparison and comparison["mcnemar"]["p_holm"] >= 0.05
 
 
-def summarise(tasks: Sequence[dict[str, Any]], runs: Sequence[Run], baseline: Run) -> dict[str, Any]:
+def summarise(tasks: Sequence[dict[str, Any]], runs: Sequence[Run], baseline: Run) -> dict[str, Any]:  # noqa: C901
     """Plain sentences from the numbers.
 
     Returns:
@@ -234,7 +234,7 @@ def _training_table(runs, stage):
     return ("", *(e["line"] for e in ends)), rows, ends
 
 
-def _page(found, runs, about, training):
+def _page(found, runs, about, training):  # noqa: C901
     """The page as blocks, (kind, ...), which `as_html` and `as_markdown` write out."""
     names = [r.name for r in runs]
     versions = found["provenance"]["versions"]

@@ -488,7 +488,7 @@ class Rules:
                 sites.append((1, partial(self._colour, text, found)))
         return sites
 
-    def _is_attribute(self, text, i, j, kind):
+    def _is_attribute(self, text, i, j, kind):  # noqa: C901
         before, after = text.at(i - 1), text.at(j)
         if i in text.inside and text.starts.get(i) is None:
             return False
