@@ -44,7 +44,7 @@ PARTS = {
     "hacl_llava/loss.py": "features",
     "hacl_llava/fused.py": "self-check",
     "hacl_llava/model.py": "figures for the log",
-    "hacl_llava/guard.py": "guard",
+    "hacl_llava/nonfinite.py": "guard",
     "hacl_llava/resume.py": "signals",
     "hacl_llava/trainer.py": "trainer",
     "deepspeed/": "DeepSpeed",

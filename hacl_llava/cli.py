@@ -165,7 +165,7 @@ def _parser():
     action.add_argument("--revert", action="store_true", help="take the two lines out again")
     command.set_defaults(run=_patch)
 
-    from . import check
+    from . import check_data
     from .evaluation import analyze, report
     from .evaluation import command as evaluation
     from .hallucinate import command as hallucinate
@@ -180,7 +180,7 @@ def _parser():
     )
     add(
         "check-data",
-        check,
+        check_data,
         help="whether a json and its images can be trained on, and what is odd about them",
         description="Look at every record and every image of a LLaVA-format json ahead of training: what would end a "
         "run, and what would be trained on in another way than it was meant. Exit status 0: fine, 1: some records "

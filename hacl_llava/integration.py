@@ -5,18 +5,16 @@ done its work by then; whatever itself imports llava.train.train waits for `inst
 """
 
 import dataclasses
-import os
-import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import transformers
 
 from . import compat
-from .check import check_run
-from .config import HaclConfig, HaclError, RunSettings, hacl_argument_fields
-from .resume import FILES, SIGNALS, broken, check_folder, checkpoints, lock_folder, ranks_of
+from .check_data import check_before_run
+from .check_run import Run, check_run
+from .config import HaclConfig, RunSettings, hacl_argument_fields
+from .resume import SIGNALS, check_folder, lock_folder
 
 NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
 SAVING = (
@@ -108,19 +106,14 @@ def _argument_classes(stock, use_hacl, choose, stage):
         # compat's parser calls this with all three; nothing is loaded yet.
         _, data, training = arguments
         data.hacl_run = training.hacl_run = RunSettings.from_arguments(model)
-        if stage == 2:
-            _check_stage2(model, training)
         if model.use_hacl:
             model.hacl_num_hallucinated = data.hacl_num_hallucinated
-            HaclConfig.from_arguments(model)
-            _check_model(model)
         if stage is not None or model.use_hacl:
+            check_run(Run(model, data, training, stage))
             SIGNALS.catch()
             check_folder(training.output_dir)
             lock_folder(training.output_dir)
-            if model.tune_mm_mlp_adapter:
-                _check_stage1(training)
-            check_run(model, data, training)
+            check_before_run(model, data, training)
             # LLaVA makes projector and adapters before the Trainer seeds anything, and so does HACL its heads.
             transformers.set_seed(training.seed)
 
@@ -135,85 +128,3 @@ def _argument_classes(stock, use_hacl, choose, stage):
         "ModelArguments": extended("ModelArguments", for_model, __post_init__=check, hacl_parsed=parsed),
         "DataArguments": extended("DataArguments", for_data),
     }
-
-
-def _check_stage1(training):
-    """Refuse checkpoints that only look like ones to go on from."""
-    for folder in _whole(training.output_dir):
-        if not (folder / compat.STATE_FILE).exists():
-            raise HaclError(
-                f"{folder}: is not of a stage 1 that can be gone on from (stock LLaVA keeps the projector and no "
-                "optimizer). Give another --output_dir, or remove it to start anew."
-            )
-
-
-def _whole(folder):
-    """Checkpoints that `ResumableTrainer` will not pass over, and those that hold a projector alone."""
-    return [p for p in checkpoints(folder) if not broken(p) or not (p / FILES).exists() and any(p.glob("*.bin"))]
-
-
-def _check_stage2(model, training):
-    """Refuse, before 7B are loaded, a projector that does not belong to this LLM, and checkpoints of another run."""
-    from .checkpoint import CheckpointError, Weights, is_whole, read_json
-
-    if model.tune_mm_mlp_adapter:
-        raise HaclError("--tune_mm_mlp_adapter True is stage 1: use scripts/pretrain_hacl.py.")
-    output = Path(training.output_dir)
-    if output.exists() and not output.is_dir():
-        raise HaclError(f"--output_dir {output}: is a file; give a folder.")
-    for folder in _whole(output):
-        lora = (folder / "adapter_config.json").exists()
-        if lora != training.lora_enable or not (lora or is_whole(folder) or list(folder.glob("global_step*"))):
-            what = "of a LoRA run" if lora else "of a full run" if is_whole(folder) else "not of stage 2"
-            raise HaclError(f"{folder}: is {what}, and cannot be gone on from here; give another --output_dir.")
-        ranks, now = ranks_of(folder), int(os.environ.get("WORLD_SIZE", 1))
-        if training.deepspeed and not list(folder.glob("global_step*")):
-            raise HaclError(
-                f"{folder}: was saved without DeepSpeed; leave --deepspeed out, or give another --output_dir."
-            )
-        if training.deepspeed and ranks not in (None, now):
-            raise HaclError(
-                f"{folder}: was saved by {ranks} ranks, of which DeepSpeed keeps a part each, and this run has {now}. "
-                f"Start {ranks} to go on, or give another --output_dir."
-            )
-    folder = Path(model.model_name_or_path)
-    config = read_json(folder / "config.json") if folder.is_dir() else {}
-    if model.pretrain_mm_mlp_adapter is None:
-        if config and "mm_vision_tower" not in config:
-            warnings.warn(
-                "no --pretrain_mm_mlp_adapter: stage 2 starts with a random projector. Give it the mm_projector.bin of "
-                "stage 1.",
-                stacklevel=2,
-            )
-        return
-    if not Path(model.pretrain_mm_mlp_adapter).is_file():
-        raise CheckpointError(f"--pretrain_mm_mlp_adapter {model.pretrain_mm_mlp_adapter}: is no file.")
-    weights = Weights(Path(model.pretrain_mm_mlp_adapter))
-    own = [name for name in weights if "mm_projector." in name]
-    if not own:
-        raise CheckpointError(
-            f"{weights.path}: holds no mm_projector; --pretrain_mm_mlp_adapter is the mm_projector.bin of stage 1."
-        )
-    last = weights.shape(max((n for n in own if n.endswith("weight")), default=own[0]))
-    if config and last[0] != config.get("hidden_size", last[0]):
-        raise CheckpointError(
-            f"{weights.path}: projects to {last[0]} features, {folder} has the hidden_size {config['hidden_size']}; "
-            "give the language model that stage 1 was run with."
-        )
-
-
-def _check_model(model):
-    """Refuse, before a 7B model is loaded, what would fail later."""
-    if model.vision_tower is None:
-        raise HaclError("--use_hacl contrasts images: give --vision_tower, a CLIP checkpoint.")
-    if "mpt" in model.model_name_or_path:
-        raise HaclError(
-            f"--model_name_or_path {model.model_name_or_path}: LLaVA takes a name with 'mpt' in it for an MPT model, "
-            "and HACL is for Llama-family models; give the folder another name."
-        )
-    if not model.tune_mm_mlp_adapter:
-        warnings.warn(
-            "HACL belongs to stage 1 (--tune_mm_mlp_adapter True): the paper's ablation found that training the LLM "
-            "with it costs a lot.",
-            stacklevel=2,
-        )

@@ -26,7 +26,7 @@ from .common.files import locked
 from .compat import order_is_of_one_rank
 from .config import HaclError, on_first_rank
 
-FILES = "files.json"  # of a checkpoint: what belongs to it, with sizes
+MANIFEST = "files.json"  # of a checkpoint: what belongs to it, with sizes
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, saved; the same command goes on
 
 
@@ -244,13 +244,13 @@ def say(*lines: str) -> None:
 # --- which checkpoints are whole --------------------------------------------------------------------------------------
 
 
-def seal(folder: str | os.PathLike) -> None:
+def write_manifest(folder: str | os.PathLike) -> None:
     """Write what a finished checkpoint consists of into it, and see everything to the disk."""
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILES)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
-    (folder / FILES).write_text(json.dumps(sizes, indent=1))
-    for path in (*files, folder / FILES, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+    (folder / MANIFEST).write_text(json.dumps(sizes, indent=1))
+    for path in (*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         flush(path)
 
 
@@ -272,12 +272,13 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 def broken(folder: str | os.PathLike) -> str | None:
     """Why a checkpoint cannot be used; None for one that is whole.
 
-    One without `FILES`, which others wrote, counts as whole when its trainer_state.json and safetensors can be opened.
+    One without `MANIFEST`, which others wrote, counts as whole when its trainer_state.json and safetensors can be
+    opened.
     """
-    folder, name = Path(folder), FILES
+    folder, name = Path(folder), MANIFEST
     try:
-        if (folder / FILES).exists():
-            for name, size in json.loads((folder / FILES).read_text()).items():
+        if (folder / MANIFEST).exists():
+            for name, size in json.loads((folder / MANIFEST).read_text()).items():
                 if not (folder / name).is_file():
                     return f"{name} is missing"
                 if (got := (folder / name).stat().st_size) != size:

@@ -23,7 +23,7 @@ from .checkpoint import save_tokenizer
 from .common.files import atomic
 from .compat import STATE_FILE, LLaVATrainer, end_in_order, savable_generation_config
 from .config import HaclError, RunSettings, on_first_rank
-from .guard import NonFiniteGuard
+from .nonfinite import NonFiniteGuard
 from .representation import HEAD_FILE, IGNORE_INDEX, read_head
 from .resume import (
     StopInStep,
@@ -39,7 +39,7 @@ from .resume import (
     ranks_of,
     save_training_state,
     say,
-    seal,
+    write_manifest,
 )
 
 UNFINISHED = "unfinished"
@@ -137,7 +137,6 @@ class ResumableTrainer(LLaVATrainer):
         """The Trainer's, from the last whole checkpoint; raises `resume.Stopped` after a signal."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole(self.args.output_dir, self.is_local_process_zero())
-        self._check_before()
         self._resumes = resume_from_checkpoint
         if resume_from_checkpoint and on_first_rank():
             print(f"resuming from {resume_from_checkpoint}", flush=True)
@@ -156,14 +155,6 @@ class ResumableTrainer(LLaVATrainer):
 
     def _stage1(self):
         return getattr(self.args, "tune_mm_mlp_adapter", False)
-
-    def _check_before(self):
-        """What could not be saved after the last step is refused before the first."""
-        named = list(self.model.named_parameters())
-        if self._stage1() and not any("mm_projector" in n and p.requires_grad for n, p in named):
-            raise HaclError("--tune_mm_mlp_adapter True, but no mm_projector is trained: give --vision_tower.")
-        if self._stage1() and self.is_fsdp_enabled:
-            raise HaclError("stage 1 under FSDP cannot be saved; give --deepspeed zero_configs/zero2.json instead.")
 
     def _batch(self):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -217,7 +208,7 @@ class ResumableTrainer(LLaVATrainer):
             self._save_beside(part / name)
             _wait()
             if self._moves():
-                seal(part / name)
+                write_manifest(part / name)
         if self._moves():
             # What goes is renamed first too: a kill while it is removed must not leave a half of it.
             if (folder / name).exists():
@@ -371,14 +362,6 @@ class HaclTrainer(ResumableTrainer):
 
     _said = False
 
-    def _check_before(self):
-        if self.args.n_gpu > 1:
-            raise HaclError(
-                f"one process was started for {self.args.n_gpu} GPUs, which torch's DataParallel would share batches "
-                "out to; start one a GPU: deepspeed, torchrun, or CUDA_VISIBLE_DEVICES=0 for one GPU."
-            )
-        super()._check_before()
-
     def _say_what_runs(self):
         """One line, from the objects that run rather than from the flags that asked for them."""
         engine, model, config = self.model_wrapped, self.model, self.model.hacl_config
@@ -421,22 +404,19 @@ class HaclTrainer(ResumableTrainer):
     def _queue_file(self):
         return f"hacl_queue_{0 if self.model.hacl_config.gather else self.args.process_index}.pt"
 
-    def _load_rng_state(self, checkpoint):
-        # Called on every way of resuming, DeepSpeed's too, once the weights are there.
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        queue = Path(checkpoint) / self._queue_file()
-        if not self.model.hacl_config.queue_size:
-            return
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.model.hacl_config.queue_size:
+            self._load_queue(Path(checkpoint) / self._queue_file())
+
+    def _load_queue(self, path):
         try:
-            state = torch.load(
-                queue, map_location="cpu", weights_only=True
-            )  # torch knows no "cpu:0", DeepSpeed's device
+            # To the CPU first: torch knows no "cpu:0", DeepSpeed's device.
+            state = torch.load(path, map_location="cpu", weights_only=True)
             state = {k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in state.items()}
             self.model.hacl_loss.load_queue_state(state)
         except (FileNotFoundError, ValueError) as error:
-            why = f"{queue} is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
+            why = f"{path} is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
             print(f"warning: the queue of rank {self.args.process_index} starts empty ({why}).", file=sys.stderr)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -10,7 +10,7 @@ from conftest import batch_of, load, texts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hacl_llava import check
+from hacl_llava import check_data
 from hacl_llava.data import (
     DataError,
     HaclCollator,
@@ -176,9 +176,9 @@ def test_missing_json_is_named_and_bom_is_read(tmp_path):
 
 def check_records(path, records, image_folder, plain):
     """As a run's start does it."""
-    found = check.find(records, image_folder, plain)
+    found = check_data.find(records, image_folder, plain)
     if errors := [f for f in found if f.severity == "error"]:
-        raise check.refusal(path, records, errors)
+        raise check_data.refusal(path, records, errors)
 
 
 def turns(question="<image>\nWhat?", answer="a ring"):

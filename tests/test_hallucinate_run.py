@@ -66,7 +66,7 @@ def test_every_field_is_kept_and_the_captions_are_added(tmp_path, capsys):
 
 
 def test_training_reads_what_is_written(tmp_path):
-    from hacl_llava.check import find
+    from hacl_llava.check_data import find
     from hacl_llava.data import read_records
     from hacl_llava.records import hallucinated_captions
 

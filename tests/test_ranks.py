@@ -21,7 +21,7 @@ from workers import ROOT, Run, run_ranks, trained
 
 from hacl_llava import fused
 from hacl_llava.demo import free_port
-from hacl_llava.guard import NonFiniteGuard
+from hacl_llava.nonfinite import NonFiniteGuard
 
 pytestmark = pytest.mark.distributed
 NAN = float("nan")

@@ -85,7 +85,7 @@ def test_goes_on_as_if_never_stopped(train, tmp_path):
         shutil.copytree(tmp_path / "whole/checkpoint-6", tmp_path / name / "checkpoint-6")
         if change:
             change(tmp_path / name / "checkpoint-6")
-            resume.seal(tmp_path / name / "checkpoint-6")
+            resume.write_manifest(tmp_path / name / "checkpoint-6")
         status, err = train(tmp_path / name, *flags)
         assert status == 0, err
         return final(tmp_path / name)
@@ -140,11 +140,11 @@ DAMAGE = {
     "missing": lambda f: (f / STATE_FILE).unlink(),
     "truncated": lambda f: (f / STATE_FILE).write_bytes((f / STATE_FILE).read_bytes()[:-1]),
     "empty after a power loss": lambda f: (f / "scheduler.pt").write_bytes(b""),
-    "list of files empty": lambda f: (f / resume.FILES).write_text(""),
-    "list of files no list": lambda f: (f / resume.FILES).write_text("[]"),
+    "list of files empty": lambda f: (f / resume.MANIFEST).write_text(""),
+    "list of files no list": lambda f: (f / resume.MANIFEST).write_text("[]"),
     "nothing but a name": lambda f: [p.unlink() for p in f.iterdir()],
-    "no list, no state": lambda f: [(f / n).unlink() for n in (resume.FILES, "trainer_state.json")],
-    "no list, weights cut": lambda f: ((f / resume.FILES).unlink(), (f / STATE_FILE).write_bytes(b"x")),
+    "no list, no state": lambda f: [(f / n).unlink() for n in (resume.MANIFEST, "trainer_state.json")],
+    "no list, weights cut": lambda f: ((f / resume.MANIFEST).unlink(), (f / STATE_FILE).write_bytes(b"x")),
 }
 
 
@@ -154,7 +154,7 @@ def fake(folder, *numbers):
         for name in (STATE_FILE, "scheduler.pt"):
             (folder / f"checkpoint-{n}" / name).write_bytes(b"{}" * 9)
         (folder / f"checkpoint-{n}/trainer_state.json").write_text("{}")
-        resume.seal(folder / f"checkpoint-{n}")
+        resume.write_manifest(folder / f"checkpoint-{n}")
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -476,7 +476,7 @@ def refusal(path: str | os.PathLike, records: Sequence[Any], errors: Sequence[Fi
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
-def check_run(model: Any, data: Any, training: Any) -> None:
+def check_before_run(model: Any, data: Any, training: Any) -> None:
     """What ``--hacl_check_data`` and ``--hacl_bad_records`` say, before anything costly is loaded.
 
     Every rank calls it. Sets on ``data``, for the dataset: ``hacl_bad_records``, the path of the list, and

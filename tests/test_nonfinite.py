@@ -9,8 +9,8 @@ import torch
 from conftest import batch_of, gradients, load, texts_of, with_texts
 
 from hacl_llava.config import HaclError
-from hacl_llava.guard import BLANK, NonFiniteGuard
 from hacl_llava.loss import HaclLoss
+from hacl_llava.nonfinite import BLANK, NonFiniteGuard
 
 NAN, INF = float("nan"), float("inf")
 
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_not_end_it(tmp_path, c
 
 
 def test_flags_are_read_by_themselves_where_nothing_is_logged(tmp_path, monkeypatch):
-    monkeypatch.setattr("hacl_llava.guard._KEPT", 3)
+    monkeypatch.setattr("hacl_llava.nonfinite._KEPT", 3)
     guard = NonFiniteGuard("skip", tmp_path)
     model = linear(guard)
     for step in range(7):
@@ -310,10 +310,3 @@ def test_stop_ends_before_anything_is_saved(mini, tmp_path, batches):
     assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (tmp_path / "a/unfinished").exists()
     assert all(p.isfinite().all() for p in weights(run).values())
-
-
-def test_one_process_with_several_gpus_is_refused(mini, tmp_path, batches):
-    run = trainer(mini, tmp_path, batches)
-    run.args._n_gpu = 2
-    with pytest.raises(HaclError, match="one process was started for 2 GPUs.+deepspeed, torchrun"):
-        run.train()

@@ -18,7 +18,7 @@ import torch
 from bad_data import CASES, make
 from conftest import arguments
 
-from hacl_llava import check
+from hacl_llava import check_data
 from hacl_llava.config import HaclError
 from hacl_llava.data import (
     BadRecords,
@@ -33,9 +33,9 @@ from hacl_llava.data import (
 def command(capsys, *argv):
     """Exit status, stdout and the one line of error, as the command line has them."""
     parser = argparse.ArgumentParser()
-    check.add_arguments(parser)
+    check_data.add_arguments(parser)
     try:
-        status, error = check.main(parser.parse_args([str(a) for a in argv])), None
+        status, error = check_data.main(parser.parse_args([str(a) for a in argv])), None
     except HaclError as problem:
         status, error = 2, str(problem)
     return status, capsys.readouterr().out, error
@@ -383,7 +383,7 @@ def test_a_run_that_goes_on_leaves_out_what_it_left_out(tmp_path, some, mini, ca
             data_path=str(path), image_folder=str(mini.images), image_aspect_ratio="square",
             hacl_run=RunSettings(bad_records=policy),
         )  # fmt: skip
-        check.check_run(model, data, training)
+        check_data.check_before_run(model, data, training)
         return data.hacl_left_out
 
     assert start() == {2, 5}
@@ -428,7 +428,7 @@ def test_several_processes_find_what_one_finds(tmp_path, capsys):
     for i in (3, 199, 399):
         (tmp_path / f"{i}.png").write_text("no image")
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    found = [check.find(rows, str(tmp_path), True, full=True, workers=n) for n in (1, 2)]
+    found = [check_data.find(rows, str(tmp_path), True, full=True, workers=n) for n in (1, 2)]
     assert found[0] == found[1] and [f.index for f in found[0]] == [3, 199, 399]
     status, page, _ = command(capsys, tmp_path / "data.json", "--images", tmp_path, "--workers", 2)
     assert status == 1 and "**397 can be used, 3 cannot.**" in page

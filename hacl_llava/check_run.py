@@ -1,0 +1,184 @@
+"""Whether a run can end well: what is wrong with its settings and its folders, before anything is loaded.
+
+Each check is a function of the run to what is wrong and what to do, or None. A new one is written below and put into
+`CHECKS`; data is looked at by `check_data`.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoint import CheckpointError, Weights, is_whole, read_json
+from .compat import STATE_FILE
+from .config import HaclConfig, HaclError
+from .resume import MANIFEST, broken, checkpoints, ranks_of
+
+
+class Run(NamedTuple):
+    """What LLaVA's train() was called with: its three groups of arguments, parsed.
+
+    ``stage``: 1 or 2 by the script; None: LLaVA's own script with ``--use_hacl``.
+    """
+
+    model: Any
+    data: Any
+    training: Any
+    stage: int | None = None
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Those that training would not pass over, and those that hold a projector alone."""
+        found = checkpoints(self.training.output_dir)
+        return [p for p in found if not broken(p) or not (p / MANIFEST).exists() and any(p.glob("*.bin"))]
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings(run: Run) -> str | None:
+    """Values of the ``--hacl_*`` flags."""
+    try:
+        if run.model.use_hacl:
+            HaclConfig.from_arguments(run.model)
+    except HaclError as error:
+        return str(error)
+    return None
+
+
+def stage(run: Run) -> str | None:
+    """The script of stage 2 with a flag of stage 1; stage 2 with HACL is allowed, and advised against."""
+    if run.stage == 2 and run.model.tune_mm_mlp_adapter:
+        return "--tune_mm_mlp_adapter True is stage 1: use scripts/pretrain_hacl.py."
+    if run.model.use_hacl and not run.model.tune_mm_mlp_adapter:
+        warnings.warn(
+            "HACL belongs to stage 1 (--tune_mm_mlp_adapter True): the paper's ablation found that training the LLM "
+            "with it costs a lot.",
+            stacklevel=2,
+        )
+    return None
+
+
+def vision_tower(run: Run) -> str | None:
+    """Images need a tower."""
+    if run.model.vision_tower is not None:
+        return None
+    if run.model.use_hacl:
+        return "--use_hacl contrasts images: give --vision_tower, a CLIP checkpoint."
+    if run.model.tune_mm_mlp_adapter:
+        return "--tune_mm_mlp_adapter True, but no mm_projector is trained: give --vision_tower."
+    return None
+
+
+def name_of_an_mpt_model(run: Run) -> str | None:
+    """LLaVA's train() chooses the model's class by a part of its name."""
+    if run.model.use_hacl and "mpt" in run.model.model_name_or_path:
+        return (
+            f"--model_name_or_path {run.model.model_name_or_path}: LLaVA takes a name with 'mpt' in it for an MPT "
+            "model, and HACL is for Llama-family models; give the folder another name."
+        )
+    return None
+
+
+def processes(run: Run) -> str | None:
+    """Ways to start that HACL, or the saving of stage 1, cannot take."""
+    if run.model.use_hacl and run.training.n_gpu > 1:
+        return (
+            f"one process was started for {run.training.n_gpu} GPUs, which torch's DataParallel would share batches "
+            "out to; start one a GPU: deepspeed, torchrun, or CUDA_VISIBLE_DEVICES=0 for one GPU."
+        )
+    if run.model.tune_mm_mlp_adapter and (run.training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        return "stage 1 under FSDP cannot be saved; give --deepspeed zero_configs/zero2.json instead."
+    return None
+
+
+# --- the projector ----------------------------------------------------------------------------------------------------
+
+
+def projector(run: Run) -> str | None:
+    """``--pretrain_mm_mlp_adapter`` has to be a projector, and to fit the language model."""
+    path, folder = run.model.pretrain_mm_mlp_adapter, Path(run.model.model_name_or_path)
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    if path is None:
+        if run.stage == 2 and config and "mm_vision_tower" not in config:
+            warnings.warn(
+                "no --pretrain_mm_mlp_adapter: stage 2 starts with a random projector. Give it the mm_projector.bin of "
+                "stage 1.",
+                stacklevel=2,
+            )
+        return None
+    if not Path(path).is_file():
+        return f"--pretrain_mm_mlp_adapter {path}: is no file."
+    try:
+        weights = Weights(Path(path))
+    except CheckpointError as error:
+        return str(error)
+    own = [name for name in weights if "mm_projector." in name]
+    if not own:
+        return f"{path}: holds no mm_projector; --pretrain_mm_mlp_adapter is the mm_projector.bin of stage 1."
+    width = weights.shape(max((n for n in own if n.endswith("weight")), default=own[0]))[0]
+    if config and width != config.get("hidden_size", width):
+        return (
+            f"{path}: projects to {width} features, {folder} has the hidden_size {config['hidden_size']}; give the "
+            "language model that stage 1 was run with."
+        )
+    return None
+
+
+# --- the output folder ------------------------------------------------------------------------------------------------
+
+
+def output_folder(run: Run) -> str | None:
+    """A folder, or nothing yet."""
+    folder = Path(run.training.output_dir)
+    return f"--output_dir {folder}: is a file; give a folder." if folder.exists() and not folder.is_dir() else None
+
+
+def earlier_stage1(run: Run) -> str | None:
+    """Checkpoints in it that only look like ones of stage 1 to go on from."""
+    if run.model.tune_mm_mlp_adapter:
+        for folder in run.checkpoints:
+            if not (folder / STATE_FILE).exists():
+                return (
+                    f"{folder}: is not of a stage 1 that can be gone on from (stock LLaVA keeps the projector and no "
+                    "optimizer). Give another --output_dir, or remove it to start anew."
+                )
+    return None
+
+
+def earlier_stage2(run: Run) -> str | None:
+    """Checkpoints in it of another kind of run, or of another number of ranks under DeepSpeed."""
+    for folder in run.checkpoints if run.stage == 2 else ():
+        lora = (folder / "adapter_config.json").exists()
+        of_engine = bool(list(folder.glob("global_step*")))
+        if lora != run.training.lora_enable or not (lora or is_whole(folder) or of_engine):
+            what = "of a LoRA run" if lora else "of a full run" if is_whole(folder) else "not of stage 2"
+            return f"{folder}: is {what}, and cannot be gone on from here; give another --output_dir."
+        if run.training.deepspeed and not of_engine:
+            return f"{folder}: was saved without DeepSpeed; leave --deepspeed out, or give another --output_dir."
+        ranks, now = ranks_of(folder), int(os.environ.get("WORLD_SIZE", 1))
+        if run.training.deepspeed and ranks not in (None, now):
+            return (
+                f"{folder}: was saved by {ranks} ranks, of which DeepSpeed keeps a part each, and this run has {now}. "
+                f"Start {ranks} to go on, or give another --output_dir."
+            )
+    return None
+
+
+CHECKS: tuple[Callable[[Run], str | None], ...] = (
+    *(settings, stage, vision_tower, name_of_an_mpt_model, processes),
+    projector,
+    *(output_folder, earlier_stage1, earlier_stage2),
+)
+
+
+def check_run(run: Run) -> None:
+    """All of `CHECKS`.
+
+    Raises:
+        HaclError: the first that finds something.
+    """
+    for check in CHECKS:
+        if problem := check(run):
+            raise HaclError(problem)

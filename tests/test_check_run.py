@@ -1,0 +1,111 @@
+"""What ends a run before anything is loaded: each check refuses its case, says what to do, and lets the others pass."""
+
+import json
+import types
+import warnings
+
+import pytest
+import torch
+
+from hacl_llava import check_run
+from hacl_llava.check_run import CHECKS, Run
+from hacl_llava.compat import STATE_FILE
+from hacl_llava.config import HaclError
+
+
+@pytest.fixture
+def run(tmp_path):
+    """``run(stage, flag=value, ...)``: of a run in which nothing is wrong."""
+    llm = tmp_path / "llm"
+    llm.mkdir()
+    (llm / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    torch.save({"model.mm_projector.0.weight": torch.zeros(64, 32)}, tmp_path / "mm_projector.bin")
+
+    def make(stage=1, **flags):
+        model = {"model_name_or_path": str(llm), "vision_tower": "clip", "use_hacl": stage == 1}
+        model |= {"tune_mm_mlp_adapter": stage == 1}
+        model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
+        training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
+        training["lora_enable"] = False
+        for group in (model, training):
+            group |= {k: v for k, v in flags.items() if k in group or k.startswith("hacl_")}
+        return Run(types.SimpleNamespace(**model), None, types.SimpleNamespace(**training), stage)
+
+    return make
+
+
+def checkpoint(folder, *files):
+    folder.mkdir(parents=True)
+    for name in ("trainer_state.json", *files):
+        (folder / name).write_text("{}")
+
+
+def test_a_run_in_which_nothing_is_wrong(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stage in (1, 2):
+            check_run.check_run(run(stage))
+            check_run.check_run(run(stage, use_hacl=False))
+    check_run.check_run(run(1, pretrain_mm_mlp_adapter=run(2).model.pretrain_mm_mlp_adapter))
+
+
+CASES = [  # which check, stage, flags, what it says
+    ("settings", 1, {"hacl_weight": -1}, "hacl_weight is -1, allowed is"),
+    ("stage", 2, {"tune_mm_mlp_adapter": True}, "is stage 1: use scripts/pretrain_hacl.py"),
+    ("vision_tower", 1, {"vision_tower": None}, "--use_hacl contrasts images: give --vision_tower"),
+    ("vision_tower", 1, {"vision_tower": None, "use_hacl": False}, "no mm_projector is trained: give --vision_tower"),
+    ("name_of_an_mpt_model", 1, {"model_name_or_path": "my-mpt-llama"}, "give the folder another name"),
+    ("processes", 1, {"n_gpu": 2}, "one process was started for 2 GPUs.+deepspeed, torchrun"),
+    ("processes", 1, {"fsdp": "full_shard"}, "stage 1 under FSDP cannot be saved"),
+    ("projector", 2, {"pretrain_mm_mlp_adapter": "nowhere.bin"}, "nowhere.bin: is no file"),
+    ("projector", 1, {"pretrain_mm_mlp_adapter": "nowhere.bin"}, "nowhere.bin: is no file"),
+]
+
+
+@pytest.mark.parametrize("name, stage, flags, message", CASES)
+def test_what_is_wrong_is_refused_by_its_check_alone(run, name, stage, flags, message):
+    with pytest.raises(HaclError, match=message):
+        check_run.check_run(run(stage, **flags))
+    assert [check.__name__ for check in CHECKS if check(run(stage, **flags))] == [name]
+
+
+def test_a_projector_that_is_none_or_of_another_size(run, tmp_path):
+    for tensors, message in (
+        ({"model.mm_projector.0.weight": torch.zeros(96, 32)}, "projects to 96 features, .* has the hidden_size 64"),
+        ({"something": torch.zeros(1)}, "holds no mm_projector"),
+    ):
+        torch.save(tensors, tmp_path / "other.bin")
+        for stage in (1, 2):
+            with pytest.raises(HaclError, match=message):
+                check_run.check_run(run(stage, pretrain_mm_mlp_adapter=str(tmp_path / "other.bin")))
+    (tmp_path / "other.bin").write_bytes(b"no weights")
+    assert "other.bin" in check_run.projector(run(2, pretrain_mm_mlp_adapter=str(tmp_path / "other.bin")))
+
+
+def test_an_output_folder_with_another_kind_of_run(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.write_text("")
+    assert "is a file" in check_run.output_folder(run())
+    out.unlink()
+    checkpoint(out / "checkpoint-3", "mm_projector.bin")
+    assert "is not of a stage 1 that can be gone on from" in check_run.earlier_stage1(run(1))
+    assert check_run.earlier_stage1(run(2)) is None and "not of stage 2" in check_run.earlier_stage2(run(2))
+    (out / "checkpoint-3" / STATE_FILE).write_text("")
+    checkpoint(out / "checkpoint-4", "adapter_config.json", "rng_state_0.pth", "rng_state_1.pth")
+    lora = {"lora_enable": True}
+    (out / "checkpoint-3").rename(tmp_path / "away")
+    assert "is of a LoRA run, and cannot be gone on from" in check_run.earlier_stage2(run(2))
+    assert check_run.earlier_stage2(run(2, **lora)) is None
+    assert "was saved without DeepSpeed" in check_run.earlier_stage2(run(2, **lora, deepspeed="zero2.json"))
+    (out / "checkpoint-4/global_step4").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "was saved by 2 ranks" in check_run.earlier_stage2(run(2, **lora, deepspeed="zero2.json"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert check_run.earlier_stage2(run(2, **lora, deepspeed="zero2.json")) is None
+
+
+def test_what_is_allowed_and_advised_against(run):
+    with pytest.warns(UserWarning, match="the paper's ablation found"):
+        check_run.check_run(run(2, use_hacl=True))
+    with pytest.warns(UserWarning, match="starts with a random projector"):
+        check_run.check_run(run(2, pretrain_mm_mlp_adapter=None))
