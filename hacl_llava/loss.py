@@ -1,6 +1,6 @@
 """The contrastive loss of HACL: equations for L_v and L_t of arXiv 2312.06968, exact across ranks.
 
-Needs torch alone. Everything here runs in float32 (float64 if the features are), also under autocast.
+Needs torch alone; everything here runs in float32 (float64 if the features are), also under autocast.
 
 Shapes: B batch on one rank, W ranks, N = W * B, K hallucinated captions per image, P feature size, Q queue size.
 """
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-NEGATIVES = ("own", "batch", "global")
+from .config import NEGATIVES
 
 
 def _world():
@@ -94,66 +94,29 @@ def hacl_loss(
     Raises:
         ValueError: shapes that do not fit together, or an unknown ``negatives``.
     """
-    if negatives not in NEGATIVES:
-        raise ValueError(f"negatives is {negatives!r}, allowed is one of {', '.join(NEGATIVES)}.")
-    if image_features.ndim != 2 or image_features.shape != text_features.shape:
-        raise ValueError(
-            f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "
-            "must both be [B, P]."
-        )
-    B, P = image_features.shape
-    h = hallucination_features
-    if h is not None and (h.ndim != 3 or h.shape[0] != B or h.shape[2] != P):
-        raise ValueError(f"hallucination_features {list(h.shape)} must be [B, K, P] with B = {B}, P = {P}.")
-    if h is None or h.shape[1] == 0:
-        h, K = None, 0
-    else:
-        K = h.shape[1]
-
+    B, P, K = _sizes(image_features, text_features, hallucination_features, negatives)
     device = image_features.device
     if sample_mask is None:
         sample_mask = torch.ones(B, dtype=torch.bool, device=device)
-    if h is not None and hallucination_mask is None:
+    if hallucination_mask is None:
         hallucination_mask = torch.ones(B, K, dtype=torch.bool, device=device)
     rank, world = _world() if gather else (0, 1)
+    target = torch.arange(B, device=device) + rank * B
 
     with torch.autocast(device.type, enabled=False):
         v, t = _full_precision(image_features), _full_precision(text_features)
-        # One gather for all there is to exchange: features, and the masks beside them.
-        packed = [v, t, sample_mask[:, None].to(v.dtype)]
-        if h is not None:
-            h = _full_precision(h)
-            h_mask = hallucination_mask & sample_mask[:, None]
-            if negatives == "global":
-                packed += [h.flatten(1), h_mask.to(v.dtype)]
-        packed = torch.cat(packed, dim=1)
-        everyone = gather_features(packed) if gather else packed
-        v_all, t_all, valid_all = everyone[:, :P], everyone[:, P : 2 * P], everyone[:, 2 * P].detach() > 0.5
-
-        candidates = (v_all.detach(), t_all.detach(), valid_all)
-        images, texts, valid = v_all, t_all, valid_all
+        h = _full_precision(hallucination_features) if K else v.new_zeros(B, 0, P)
+        h_mask = hallucination_mask & sample_mask[:, None] if K else sample_mask.new_zeros(B, 0)
+        images, texts, valid, pool, pool_mask = _exchange(v, t, sample_mask, h, h_mask, negatives, gather)
+        count = valid.sum().clamp(min=1)
+        candidates = images.detach(), texts.detach(), valid
         if queue is not None:
             # Copies, so that the queue may change before the backward.
             images, texts, valid = (torch.cat([x, q.to(x)]) for x, q in zip((images, texts, valid), queue))
-        to_text, to_image = v @ texts.T, t @ images.T  # [B, N (+ Q)]
-        text_valid = image_valid = valid[None].expand(B, -1)
-        in_batch = to_text[:, : len(v_all)].detach().masked_fill(~valid_all[None], -torch.inf)
-
-        if h is not None:
-            own = torch.einsum("bp,bkp->bk", v, h)
-            if negatives == "own":
-                to_hallucinated, hallucinated_valid = own, h_mask
-            else:
-                pool, pool_mask = h.reshape(B * K, P), h_mask.reshape(-1)
-                if negatives == "global":
-                    pool = everyone[:, 2 * P + 1 : -K].reshape(-1, P)
-                    pool_mask = everyone[:, -K:].detach().reshape(-1) > 0.5
-                to_hallucinated, hallucinated_valid = v @ pool.T, pool_mask[None].expand(B, -1)
-            to_text = torch.cat([to_text, to_hallucinated], dim=1)
-            text_valid = torch.cat([text_valid, hallucinated_valid], dim=1)
-
-        target = torch.arange(B, device=device) + rank * B
-        count = valid_all.sum().clamp(min=1)
+        own = torch.einsum("bp,bkp->bk", v, h)
+        to_hallucinated = own if negatives == "own" else v @ pool.T
+        hallucinated_valid = h_mask if negatives == "own" else pool_mask[None].expand(B, -1)
+        valid = valid[None].expand(B, -1)
 
         def contrast(similarity, valid):
             # The lowest finite number, not -inf: a row that is masked itself then gives a finite loss, times zero.
@@ -161,26 +124,60 @@ def hacl_loss(
             losses = F.cross_entropy(logits, target, reduction="none")
             return (losses * sample_mask).sum() * world / count
 
-        loss_i2t, loss_t2i = contrast(to_text, text_valid), contrast(to_image, image_valid)
-
-    with torch.no_grad():
-        true = in_batch.gather(1, target[:, None])
-        # Ties count as wrong: representations that have collapsed to one point must not look right.
-        correct = ((in_batch >= true).sum(1) == 1) & sample_mask
-        closer = closer_total = torch.zeros((), dtype=torch.long, device=device)
-        if h is not None:
-            hardest = own.detach().masked_fill(~h_mask, -torch.inf).amax(1)
-            has_own = h_mask.any(1)
-            closer, closer_total = ((true[:, 0] > hardest) & has_own).sum(), has_own.sum()
+        to_text = v @ texts.T
+        loss_i2t = contrast(torch.cat([to_text, to_hallucinated], dim=1), torch.cat([valid, hallucinated_valid], dim=1))
+        loss_t2i = contrast(t @ images.T, valid)
     return {
         "loss": (loss_i2t + loss_t2i) / 2,
         "loss_i2t": loss_i2t,
         "loss_t2i": loss_t2i,
+        **_figures(to_text[:, : len(candidates[2])], candidates[2], target, sample_mask, own, h_mask),
+        "candidates": candidates,
+    }
+
+
+def _sizes(image_features, text_features, hallucination_features, negatives):
+    if negatives not in NEGATIVES.__args__:
+        raise ValueError(f"negatives is {negatives!r}, allowed is one of {', '.join(NEGATIVES.__args__)}.")
+    if image_features.ndim != 2 or image_features.shape != text_features.shape:
+        raise ValueError(
+            f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "
+            "must both be [B, P]."
+        )
+    (B, P), h = image_features.shape, hallucination_features
+    if h is not None and (h.ndim != 3 or h.shape[0] != B or h.shape[2] != P):
+        raise ValueError(f"hallucination_features {list(h.shape)} must be [B, K, P] with B = {B}, P = {P}.")
+    return B, P, 0 if h is None else h.shape[1]
+
+
+def _exchange(v, t, sample_mask, h, h_mask, negatives, gather):
+    """All ranks' images ``[N, P]``, texts ``[N, P]``, mask ``[N]``; the hallucinated captions that all images of this
+    rank are contrasted with, ``[M, P]``, and their mask ``[M]``. One gather for all that there is to exchange."""
+    K, P = h.shape[1:]
+    shared = [v, t, sample_mask[:, None].to(v.dtype)]
+    if negatives == "global":
+        shared += [h.flatten(1), h_mask.to(v.dtype)]
+    everyone = torch.cat(shared, dim=1)
+    everyone = gather_features(everyone) if gather else everyone
+    images, texts, mask = everyone[:, :P], everyone[:, P : 2 * P], everyone[:, 2 * P].detach() > 0.5
+    if negatives != "global":
+        return images, texts, mask, h.reshape(-1, P), h_mask.reshape(-1)
+    pool, pool_mask = everyone[:, 2 * P + 1 :].split([K * P, K], dim=1)
+    return images, texts, mask, pool.reshape(-1, P), pool_mask.detach().reshape(-1) > 0.5
+
+
+@torch.no_grad()
+def _figures(to_text, valid, target, sample_mask, own, h_mask):
+    in_batch = to_text.masked_fill(~valid[None], -torch.inf)
+    true = in_batch.gather(1, target[:, None])
+    # Ties count as wrong: representations that have collapsed to one point must not look right.
+    correct = ((in_batch >= true).sum(1) == 1) & sample_mask
+    closer = (true > own.masked_fill(~h_mask, -torch.inf)).all(1) & h_mask.any(1)
+    return {
         "retrieval_correct": correct.sum(),
         "retrieval_total": sample_mask.sum(),
-        "closer_to_true": closer,
-        "closer_total": closer_total,
-        "candidates": candidates,
+        "closer_to_true": closer.sum(),
+        "closer_total": h_mask.any(1).sum(),
     }
 
 
@@ -198,8 +195,8 @@ class HaclLoss(nn.Module):
 
     def __init__(self, negatives: str = "own", gather: bool = True, queue_size: int = 0) -> None:
         super().__init__()
-        if negatives not in NEGATIVES:
-            raise ValueError(f"negatives is {negatives!r}, allowed is one of {', '.join(NEGATIVES)}.")
+        if negatives not in NEGATIVES.__args__:
+            raise ValueError(f"negatives is {negatives!r}, allowed is one of {', '.join(NEGATIVES.__args__)}.")
         if queue_size < 0:
             raise ValueError(f"queue_size is {queue_size}, allowed is a number >= 0.")
         self.negatives, self.gather, self.queue_size = negatives, gather, queue_size
