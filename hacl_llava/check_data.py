@@ -87,7 +87,7 @@ class Finding(NamedTuple):
 # --- one record -------------------------------------------------------------------------------------------------------
 
 
-def text_findings(record: Any, plain: bool, max_length: int | None = None) -> list[tuple[str, str]]:  # noqa: C901
+def text_findings(record: Any, plain: bool, max_length: int | None = None) -> list[tuple[str, str]]:
     """(kind, text) of what is wrong with a record by itself, errors first; no file is opened.
 
     Args:
@@ -104,50 +104,60 @@ def text_findings(record: Any, plain: bool, max_length: int | None = None) -> li
     if "<image>" in joined or with_image:
         found += _placeholder_findings(turns, with_image, plain, hallucinated)
     if not plain:
-        roles = [t["from"] for t in turns]
-        roles = roles[roles[0] == "gpt" :]  # LLaVA passes over an answer that comes first
-        if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2):
-            found.append(("template", "has turns out of order: question and answer must alternate"))
-        elif len(roles) % 2 or not roles:
-            found.append(("masked", "does not end with an answer: LLaVA masks the whole conversation"))
-    if not joined.isascii() and _SURROGATE.search(joined):
-        found.append(("unicode", f"has half of a surrogate pair in {_around(_SURROGATE, texts)}"))
+        found += _conversation_findings(turns, with_image)
+    elif not caption and (with_image or any(v.split() for v in values)):
+        found.append(("empty", "has an empty answer: nothing is learnt from it"))
     if not with_image and not any(v.split() for v in values):
         found.append(("nothing", "has no image and no text"))
-    elif plain and not caption:
-        found.append(("empty", "has an empty answer: nothing is learnt from it"))
-    elif not plain and any(t["from"] == "gpt" and not t["value"] for t in turns):
-        found.append(("masked", "has an empty answer: LLaVA masks the whole conversation"))
-    if "<" in joined and _SPECIAL.search(joined):
-        special = _around(_SPECIAL, texts)
-        if not plain and any("</s>" in v for v in values):
-            found.append(("masked", f"has {special}: LLaVA takes </s> for an answer's end and masks all of it"))
-        else:
-            found.append(("literal token", f"has {special}, which tokenizers take for a special token"))
-    if not plain and any(" ASSISTANT: " in v for v in values):
-        found.append(("masked", "has ' ASSISTANT: ' in a turn: LLaVA takes it for a turn's end and masks all of it"))
-    if not joined.isprintable() and _ODD.search(joined):
-        names = sorted({f"U+{ord(c):04X}" for c in _ODD.findall(joined)})
-        found.append(("characters", f"has characters that nobody sees ({', '.join(names[:5])})"))
-    if hallucinated:
-        seen = [_same(h) for h in hallucinated]
-        if caption and _same(caption) in seen:
-            found.append(
-                ("hallucinated", "has its own caption among the hallucinated ones: the loss contradicts itself")
-            )
-        if len(set(seen)) < len(seen):
-            found.append(("hallucinated", "has the same hallucinated caption twice"))
-    if (kinds := record.get(KINDS_KEY)) is not None:
-        given = next((record[k] for k in HALLUCINATED_KEYS if record.get(k) is not None), [])
-        given = [given] if isinstance(given, str) else given
-        if not isinstance(kinds, list) or len(kinds) != len(given):
-            number = len(kinds) if isinstance(kinds, list) else repr(kinds)[:20]
-            found.append(("kinds", f"has {number} {KINDS_KEY!r} for {len(given)} hallucinated captions"))
+    ends = not plain and any("</s>" in v for v in values)  # said already
+    found += _character_findings(texts, joined, special=not ends)
+    found += _hallucinated_findings(record, caption, hallucinated)
     if max_length and len(joined) > max_length:  # a word is two characters or more, with its space
         words = max(len(v.split()) for v in ([" ".join(values)] if not plain else texts))
         if words > max_length:
             found.append(("long", f"has {words} words and a context of {max_length} tokens: it is cut"))
     return sorted(found, key=lambda f: f[0] not in ERRORS)
+
+
+def _conversation_findings(turns, with_image):
+    roles = [t["from"] for t in turns]
+    roles = roles[roles[0] == "gpt" :]  # LLaVA passes over an answer that comes first
+    if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2):
+        yield "template", "has turns out of order: question and answer must alternate"
+    elif len(roles) % 2 or not roles:
+        yield "masked", "does not end with an answer: LLaVA masks the whole conversation"
+    something = with_image or any(t["value"].split() for t in turns)
+    if something and any(t["from"] == "gpt" and not t["value"] for t in turns):
+        yield "masked", "has an empty answer: LLaVA masks the whole conversation"
+    if any("</s>" in t["value"] for t in turns):
+        special = _around(_SPECIAL, [t["value"] for t in turns])
+        yield "masked", f"has {special}: LLaVA takes </s> for an answer's end and masks all of it"
+    if any(" ASSISTANT: " in t["value"] for t in turns):
+        yield "masked", "has ' ASSISTANT: ' in a turn: LLaVA takes it for a turn's end and masks all of it"
+
+
+def _character_findings(texts, joined, special):
+    if not joined.isascii() and _SURROGATE.search(joined):
+        yield "unicode", f"has half of a surrogate pair in {_around(_SURROGATE, texts)}"
+    if special and "<" in joined and _SPECIAL.search(joined):
+        yield "literal token", f"has {_around(_SPECIAL, texts)}, which tokenizers take for a special token"
+    if not joined.isprintable() and _ODD.search(joined):
+        names = sorted({f"U+{ord(c):04X}" for c in _ODD.findall(joined)})
+        yield "characters", f"has characters that nobody sees ({', '.join(names[:5])})"
+
+
+def _hallucinated_findings(record, caption, hallucinated):
+    seen = [_same(h) for h in hallucinated]
+    if seen and caption and _same(caption) in seen:
+        yield "hallucinated", "has its own caption among the hallucinated ones: the loss contradicts itself"
+    if len(set(seen)) < len(seen):
+        yield "hallucinated", "has the same hallucinated caption twice"
+    if (kinds := record.get(KINDS_KEY)) is not None:
+        given = next((record[k] for k in HALLUCINATED_KEYS if record.get(k) is not None), [])
+        given = [given] if isinstance(given, str) else given
+        if not isinstance(kinds, list) or len(kinds) != len(given):
+            number = len(kinds) if isinstance(kinds, list) else repr(kinds)[:20]
+            yield "kinds", f"has {number} {KINDS_KEY!r} for {len(given)} hallucinated captions"
 
 
 def _placeholder_findings(turns, with_image, plain, hallucinated):
