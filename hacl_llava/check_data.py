@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import __version__
-from .common.files import write_text
+from .common.files import read_json, write_text
 from .common.images import image_path, size_problem
 from .config import HaclError, on_first_rank
 from .records import (
@@ -309,12 +309,13 @@ class TokenCheck:
 
     Args:
         name: folder or hub id of the language model. version: of the template. max_length: tokens of the context.
+        visual: tokens that an image takes of it; 0: not known.
 
     Raises:
         HaclError: the tokenizer cannot be loaded.
     """
 
-    def __init__(self, name: str, version: str, max_length: int) -> None:
+    def __init__(self, name: str, version: str, max_length: int, visual: int = 0) -> None:
         from . import compat  # noqa: F401  (before llava)
 
         # isort: split
@@ -327,11 +328,11 @@ class TokenCheck:
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:200]
-            raise HaclError(f"--tokenizer {name}: cannot be loaded ({reason}); give the language model.") from None
+            raise HaclError(f"{name}: its tokenizer cannot be loaded ({reason}); give the language model.") from None
         self.tokenizer.pad_token = self.tokenizer.unk_token
         templates = stock.conversation_lib.conv_templates
         self.stock, self.template = stock, templates.get(version, templates["vicuna_v1"])
-        self.plain, self.max_length = version == "plain", max_length
+        self.plain, self.max_length, self.visual = version == "plain", max_length, visual
         self.arguments = argparse.Namespace(is_multimodal=True, mm_use_im_start_end=False)
 
     def __call__(self, record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -346,11 +347,18 @@ class TokenCheck:
                 if with_image:
                     source = self.stock.preprocess_multimodal(source, self.arguments)
                 item = self.stock.preprocess(source, self.tokenizer, has_image=with_image)
-            if (item["labels"][0] == self.stock.IGNORE_INDEX).all():
+            ids, labelled = item["input_ids"][0], item["labels"][0] != self.stock.IGNORE_INDEX
+            if not labelled.any():
                 said = re.search("tokenization mismatch: [^(]*", printed.getvalue())
                 found.append(
                     ("masked", f"is masked whole by LLaVA ({said.group().rstrip(' .') if said else 'no labels'})")
                 )
+            elif self.visual:
+                grown = (ids == self.stock.IMAGE_TOKEN_INDEX).cumsum(0) * (self.visual - 1)
+                first = int(labelled.nonzero()[0])
+                if first + int(grown[first]) >= self.max_length:
+                    room = f"a context of {self.max_length} tokens, of which its image takes {self.visual}"
+                    found.append(("masked", f"is cut before its answer: it has {room}"))
             texts = hallucinated_captions(record) if self.plain else []
             longest = max([len(item["input_ids"][0]), *(len(self.tokenizer(t).input_ids) + 1 for t in texts)])
             if longest > self.max_length:
@@ -522,6 +530,9 @@ def check_before_run(model: Any, data: Any, training: Any) -> None:
             errors = [f for f in found if f.severity == "error"]
             if errors and run.bad_records == "refuse":
                 refused = refusal(path, records, errors)
+            else:
+                bad = {f.index for f in errors}
+                refused = _without_labels(records, [i for i in range(len(records)) if i not in bad], model, training)
             for finding in reversed(errors):
                 problems[finding.index] = finding.text
             counts = collections.Counter(f.kind for f in found if f.severity == "warning")
@@ -544,6 +555,38 @@ def check_before_run(model: Any, data: Any, training: Any) -> None:
         data.hacl_left_out = set(problems)
     if on_first_rank() and not goes_on:
         listed.replace([entry_of(path, i, records[i], text, "start") for i, text in sorted(problems.items())])
+
+
+SAMPLE = 64  # records that are tokenized before a run
+
+
+def _without_labels(records, usable, model, training):
+    """The `DataError` for a run in which every record of a sample would be masked whole, or None; says the share."""
+    check = TokenCheck(
+        model.model_name_or_path, model.version, training.model_max_length, visual_tokens(model.vision_tower)
+    )
+    sample = [usable[i * len(usable) // SAMPLE] for i in range(SAMPLE)] if len(usable) > SAMPLE else usable
+    bad = [text for i in sample for kind, text in check(records[i]) if kind in ("masked", "preprocess")]
+    if not bad:
+        return None
+    if len(bad) < len(sample):
+        if on_first_rank():
+            print(f"HACL data: {len(bad)} of {len(sample)} records of a sample have no label; the first {bad[0]}.")
+        return None
+    return DataError(
+        f"none of {len(sample)} records that were looked at has a label: the first {bad[0]}. Nothing would be learnt. "
+        f"Give the template that the tokenizer was made for (--version is {model.version}), a language model with the "
+        f"tokenizer of that template, or a larger --model_max_length (it is {training.model_max_length})."
+    )
+
+
+def visual_tokens(tower: str | None) -> int:
+    """How many tokens LLaVA makes of an image by a CLIP vision tower, by its config.json; 0 where that is not known."""
+    file = Path(tower or "") / "config.json"
+    config = read_json(file, expected=dict) if tower and file.exists() else {}
+    config = config.get("vision_config", config)
+    size, patch = config.get("image_size"), config.get("patch_size")
+    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) and patch > 0 else 0
 
 
 def _of_all_ranks(problems, refused):

@@ -1,4 +1,4 @@
-"""Batches whose loss or gradient is not finite stay away from the weights, and are named."""
+"""Batches whose loss or gradient is not finite stay away from the weights and are named; a run without labels stops."""
 
 import math
 import os
@@ -14,6 +14,7 @@ from .config import HaclError
 
 FILE = "nonfinite.jsonl"
 BLANK = 100  # micro-batches without a single finite loss, after which going on is of no use
+UNLABELLED = 20  # micro-batches of each rank without a single label, from the start, after which it is of no use either
 _KEPT = 1000  # flags kept on the device at most, where nothing is ever logged or saved
 
 
@@ -41,6 +42,7 @@ class NonFiniteGuard:
         self.found = 0  # micro-batches of all ranks, since the start
         self.lost, self.seen = 0, 0  # without a finite loss, and all: of all ranks, since `take_counts`
         self._blank = 0
+        self._looked = self._labelled = 0  # micro-batches of all ranks, and those that had a label
         self._pending = []
         self._current = self._flags = None
         self._watched = False
@@ -59,12 +61,18 @@ class NonFiniteGuard:
             self.read()
         self._current, self._flags = (step, records), None
 
-    def see(self, loss: torch.Tensor, own: torch.Tensor | None = None) -> None:
-        """Between forward and backward. loss: any shape. own: 0-d bool, whether all was finite before ranks mixed."""
+    def see(self, loss: torch.Tensor, own: torch.Tensor | None = None, labelled: torch.Tensor | None = None) -> None:
+        """Between forward and backward.
+
+        Args:
+            loss: any shape. own: 0-d bool, whether all was finite before ranks mixed. labelled: 0-d bool, whether the
+                micro-batch has a label; None: it has.
+        """
         if self._current is not None:
             bad = ~torch.isfinite(loss.detach()).all()
-            # not finite: the loss, a gradient, what this rank itself put in
-            self._flags = torch.stack([bad, torch.zeros_like(bad), bad if own is None else ~own])
+            # not finite: the loss, a gradient, what this rank itself put in; and whether there was a label
+            no = torch.zeros_like(bad)
+            self._flags = torch.stack([bad, no, bad if own is None else ~own, ~no if labelled is None else labelled])
 
     def end(self, loss: torch.Tensor) -> torch.Tensor:
         """After backward. Returns the loss, with 0 for one that is not finite."""
@@ -86,24 +94,35 @@ class NonFiniteGuard:
         self.lost = self.seen = 0
         return counts
 
-    def read(self) -> None:
+    def read(self, final: bool = False) -> None:
         """Look at what was kept since the last call; every rank must call it at the same moment.
+
+        Args:
+            final: the training is over.
 
         Raises:
             HaclError: on all ranks together: with the policy ``"stop"``, something was not finite; with ``"skip"``,
-                nothing has been for `BLANK` micro-batches.
+                nothing has been for `BLANK` micro-batches; there was no label in the first `UNLABELLED`, or in all.
         """
         pending, self._pending = self._pending, []
         if not pending:
             return
         flags = torch.stack([flags for *_, flags in pending])
         bad = flags[:, :2].any(1)
-        counts = torch.stack([flags[:, 0].sum(), bad.sum()])
+        counts = torch.stack([flags[:, 0].sum(), bad.sum(), flags[:, 3].sum()])
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks > 1:
             dist.all_reduce(counts)
-        lost, found = counts.tolist()
+        lost, found, labelled = counts.tolist()
         self.lost, self.seen = self.lost + lost, self.seen + len(pending) * ranks
+        self._looked, self._labelled = self._looked + len(pending) * ranks, self._labelled + labelled
+        if not self._labelled and (final or self._looked >= UNLABELLED * ranks):
+            raise HaclError(
+                f"none of the {self._looked} batches so far had a label, so nothing was learnt: every row is masked, "
+                "or cut before its answer. Look at --version (the template that the tokenizer was made for), at "
+                "--model_max_length (an image takes some hundred tokens of it) and at the data (hacl-llava check-data "
+                "--tokenizer)."
+            )
         if not found:
             self._blank = 0
             return
@@ -116,7 +135,7 @@ class NonFiniteGuard:
                 "began_here": own or not of_loss,
                 "records": [self.name(i) for i in records.tolist()] if records is not None else [],
             }
-            for (step, records, _), (of_loss, of_gradient, own) in zip(pending, flags.tolist())
+            for (step, records, _), (of_loss, of_gradient, own, _) in zip(pending, flags.tolist())
             if of_loss or of_gradient
         ]
         if ranks > 1:

@@ -112,19 +112,22 @@ class ResumableTrainer(LLaVATrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The Trainer's, with 0 for a batch without labels."""
+        labels = inputs.get("labels")
         found = super().compute_loss(model, inputs, return_outputs, **kwargs)
-        if getattr(self.model, "hacl_head", None) is None and "labels" in inputs:
+        labelled = (labels[:, 1:] != IGNORE_INDEX).any() if labels is not None else None
+        if getattr(self.model, "hacl_head", None) is None and labelled is not None:
             # The mean over no label at all, as of a batch of masked rows, is NaN in LLaVA.
             loss = found[0] if return_outputs else found
-            loss = loss.where((inputs["labels"][:, 1:] != IGNORE_INDEX).any(), torch.zeros_like(loss))
+            loss = loss.where(labelled, torch.zeros_like(loss))
             found = (loss, *found[1:]) if return_outputs else loss
-        self.guard.see(found[0] if return_outputs else found, getattr(self.model, "hacl_own_finite", None))
+        loss = found[0] if return_outputs else found
+        self.guard.see(loss, getattr(self.model, "hacl_own_finite", None), labelled)
         return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with what the guard found."""
         if "loss" in logs or "train_loss" in logs:  # on all ranks
-            self.guard.read()
+            self.guard.read(final="train_loss" in logs and not self._stop.stopped)
         if "loss" in logs:
             lost, seen = self.guard.take_counts()
             if lost:  # they count as 0 in the Trainer's mean, which is of all

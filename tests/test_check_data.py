@@ -375,7 +375,8 @@ def test_a_run_that_goes_on_leaves_out_what_it_left_out(tmp_path, some, mini, ca
     from hacl_llava.config import RunSettings
 
     path, rows = some
-    model, output = types.SimpleNamespace(version="plain"), tmp_path / "out"
+    output = tmp_path / "out"
+    model = types.SimpleNamespace(version="plain", model_name_or_path=str(mini.llm), vision_tower=str(mini.clip))
     training = types.SimpleNamespace(output_dir=str(output), model_max_length=512)
 
     def start(policy="skip"):
@@ -439,7 +440,7 @@ def test_several_processes_find_what_one_finds(tmp_path, capsys):
     [
         (("data.json", "--write", "data.json"), "is the file that is read"),
         (("data.json", "--images", "nowhere"), "--images nowhere: is no folder"),
-        (("data.json", "--images", "images", "--tokenizer", "nowhere"), "--tokenizer nowhere: cannot be loaded"),
+        (("data.json", "--images", "images", "--tokenizer", "nowhere"), "nowhere: its tokenizer cannot be loaded"),
         (("data.json", "--images", "images", "--fast", "--output", "data.json"), "cannot be written"),
     ],
 )

@@ -54,12 +54,6 @@ def test_use_hacl_false_puts_stock_back_before_anything_is_looked_up(train_modul
     assert all(namespace[name] is not before[name] for name in integration.NAMES[2:])
 
 
-def test_config_and_loss_name_the_same_negatives():
-    from hacl_llava import config, loss
-
-    assert config.NEGATIVES.__args__ == loss.NEGATIVES
-
-
 def test_every_setting_is_a_flag_with_a_help_text(train_module, tmp_path):
 
     integration.install(vars(train_module))
@@ -135,6 +129,12 @@ def test_bad_input_ends_with_one_line(monkeypatch, capsys, mini, tmp_path, recor
     assert "nowhere.png, which does not exist" in message([{**records[0], "image": "nowhere.png"}])
     assert "hacl_temperature is 7.0" in message(records, "--hacl_temperature", 7)
     assert "give --vision_tower" in fails_without_tower(monkeypatch, capsys, mini, tmp_path)
+    # Nothing to learn: the image alone fills the context (it takes 9 tokens), or no template fits.
+    said = message(records, "--model_max_length", 9)
+    assert "none of 32 records that were looked at has a label" in said and "larger --model_max_length" in said
+    assert "is cut before its answer: it has a context of 9 tokens, of which its image takes 9" in said
+    said = message(records, "--version", "mpt")
+    assert "none of 32 records" in said and "masked whole by LLaVA" in said and "--version is mpt" in said
 
 
 def fails_without_tower(monkeypatch, capsys, mini, tmp_path):

@@ -10,7 +10,7 @@ from conftest import batch_of, gradients, load, texts_of, with_texts
 
 from hacl_llava.config import HaclError
 from hacl_llava.loss import HaclLoss
-from hacl_llava.nonfinite import BLANK, NonFiniteGuard
+from hacl_llava.nonfinite import BLANK, UNLABELLED, NonFiniteGuard
 
 NAN, INF = float("nan"), float("inf")
 
@@ -103,6 +103,23 @@ def test_stop_says_what_to_do(tmp_path):
     assert "never reached the weights" in message and "--hacl_nonfinite skip" in message and "\n" not in message
     assert len(guard.path.read_text().splitlines()) == 2
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_a_run_without_labels_stops(tmp_path):
+    def looked(labels, final=False):
+        guard = NonFiniteGuard("skip", tmp_path)
+        for step, labelled in enumerate(labels):
+            guard.begin(step)
+            guard.see(torch.tensor(1.0), labelled=torch.tensor(labelled))
+            guard.end(torch.tensor(1.0))
+        guard.read(final)
+
+    looked([False] * (UNLABELLED - 1))  # they may be bad records, one after the other
+    looked([True] + [False] * UNLABELLED, final=True)
+    with pytest.raises(HaclError, match="none of the 20 batches so far had a label.+--version.+--model_max_length"):
+        looked([False] * UNLABELLED)
+    with pytest.raises(HaclError, match="none of the 3 batches"):
+        looked([False] * 3, final=True)
 
 
 def test_where_it_began_comes_first(tmp_path):
@@ -222,7 +239,7 @@ def trainer(mini, folder, batches, nonfinite="skip", guarded=True, lr=1e-2, **mo
     if not guarded:
         made.guard = types.SimpleNamespace(
             watch=lambda *a: None, begin=lambda *a: None, see=lambda *a: None, end=lambda loss: loss,
-            read=lambda: None, take_counts=lambda: (0, 0), found=0,
+            read=lambda **_: None, take_counts=lambda: (0, 0), found=0,
         )  # fmt: skip
     return made
 
