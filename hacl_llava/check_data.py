@@ -510,6 +510,8 @@ def check_before_run(model: Any, data: Any, training: Any) -> None:
     if not path:
         raise DataError("--data_path is missing: give it a LLaVA-format json.")
     records, plain = read_records(path), model.version == "plain"
+    if not data.image_folder and any(isinstance(r, dict) and "image" in r for r in records):
+        raise DataError(f"{path}: has images; give --image_folder, the folder that they are relative to.")
     output = Path(training.output_dir)
     listed = BadRecords(output / "bad_records.jsonl", run.max_failed)
     data.hacl_bad_records, data.hacl_left_out = listed.path, set()

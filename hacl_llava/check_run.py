@@ -135,6 +135,16 @@ def output_folder(run: Run) -> str | None:
     return f"--output_dir {folder}: is a file; give a folder." if folder.exists() and not folder.is_dir() else None
 
 
+def image_folder(run: Run) -> str | None:
+    """A folder, where one is given; whether one is needed, the data says."""
+    folder = run.data.image_folder
+    if folder and not os.path.isdir(folder):
+        return (
+            f"--image_folder {folder}: is no folder (or cannot be reached); give the one that images are relative to."
+        )
+    return None
+
+
 def earlier_stage1(run: Run) -> str | None:
     """Checkpoints in it that only look like ones of stage 1 to go on from."""
     if run.model.tune_mm_mlp_adapter:
@@ -169,7 +179,7 @@ def earlier_stage2(run: Run) -> str | None:
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
     *(settings, stage, vision_tower, name_of_an_mpt_model, processes),
     projector,
-    *(output_folder, earlier_stage1, earlier_stage2),
+    *(image_folder, output_folder, earlier_stage1, earlier_stage2),
 )
 
 

@@ -209,16 +209,22 @@ def _forward_arguments(model_class):
     model_class.forward = wrapped
 
 
-def _quantized_loading(model_class):
+def _loading(model_class):
+    # LLaVA's train() gives torch_dtype=None unless --bf16 is given, which meant float32 and means, from transformers 5
+    # on, what the file holds: Vicuna is published in float16, which trains badly and which no loss scaler takes.
+    #
     # LLaVA asks for 4 bits (in train() and in load_pretrained_model) both by a flag and by a quantization_config, for 8
     # bits by the flag alone; transformers >= 4.38 refuses the first, 5 does not know the flags. And 5 compares what is
     # not to be quantized with the beginning of a module's name, where LLaVA says mm_projector. Goes when LLaVA's does.
+    import torch
     from transformers import BitsAndBytesConfig
 
     from_pretrained = model_class.from_pretrained.__func__
 
     @functools.wraps(from_pretrained)
     def wrapped(cls, *args, load_in_4bit=False, load_in_8bit=False, **kwargs):
+        if "torch_dtype" in kwargs and kwargs["torch_dtype"] is None:
+            kwargs["torch_dtype"] = torch.float32
         if (load_in_4bit or load_in_8bit) and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
         if skipped := getattr(kwargs.get("quantization_config"), "llm_int8_skip_modules", None):
@@ -363,6 +369,6 @@ _fork_beside_gloo()
 LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer = _import_llava()
 for _class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
     _forward_arguments(_class)
-    _quantized_loading(_class)
+    _loading(_class)
 _trainer_methods(LLaVATrainer)
 _end_in_order(LLaVATrainer)

@@ -44,6 +44,9 @@ def _read_records(path, mtime, size):
     return list_records(path)
 
 
+MOST_IN_A_ROW = 20  # records that fail, more than half of those a process has read, after which going on is of no use
+
+
 class BadRecords:
     """The list of records that are not trained on, ``bad_records.jsonl`` in the run's folder: one json object a line.
 
@@ -150,10 +153,12 @@ class GuardedDataset(stock.LazySupervisedDataset):
         path = getattr(data_args, "hacl_bad_records", None)
         run = getattr(data_args, "hacl_run", None) or RunSettings()
         self.bad_records = BadRecords(path, run.max_failed) if path else None
+        self._read = self._lost = 0  # by this process
         if left_out and on_first_rank():
             print(f"HACL data: {len(left_out)} of {len(records)} records are left out, listed in {path}.")
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        self._read += 1
         try:
             item = self._item(i)
         except Exception as error:
@@ -185,6 +190,13 @@ class GuardedDataset(stock.LazySupervisedDataset):
             name = name_of(self.data_path, number, record)
             raise DataError(f"{name}{image}: {problem}. Repair or remove it.") from error
         self.bad_records.add(entry_of(self.data_path, number, record, problem, "training"))
+        self._lost += 1
+        if self._lost >= MOST_IN_A_ROW and 2 * self._lost > self._read:
+            raise DataError(
+                f"{self._lost} of the {self._read} records that a process has read failed, the last: "
+                f"{name_of(self.data_path, number, record)}: {problem}. That is not a few bad records: look at "
+                f"--image_folder {self.data_args.image_folder} and at the data; {self.bad_records.path} lists them."
+            )
 
     def _masked(self):
         tokenizer = self.tokenizer

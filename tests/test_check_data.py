@@ -243,6 +243,22 @@ def test_a_batch_of_masked_rows_has_loss_zero_and_finite_gradients(mini, setup, 
     assert loss.item() == 0 and found and all(not g.any() for g in found.values())
 
 
+def test_a_share_that_vanishes_ends_the_run(mini, setup, tmp_path, records):
+    """A hundred failures may be a few of 558k records, or all there are: an image folder that has gone."""
+    rows = [{**r, "image": "nowhere.png"} for r in (*records, *records)[:50]]
+    (tmp_path / "data.json").write_text(json.dumps([*records[:10], *rows]))
+    listed = tmp_path / "bad.jsonl"
+    data = dataset(HaclDataset, tmp_path / "data.json", mini.images, setup, hacl_bad_records=str(listed))
+    with pytest.raises(HaclError, match="20 of the 30 records that a process has read failed, .*--image_folder"):
+        for i in range(60):
+            data[i]
+    assert len(listed.read_text().splitlines()) == 20
+    listed.unlink()
+    data = dataset(HaclDataset, tmp_path / "data.json", mini.images, setup, hacl_bad_records=str(listed))
+    for i in range(40):  # half of them
+        data[10 + i // 2 if i % 2 else i % 10]
+
+
 def test_a_masked_row_changes_nothing_for_the_others(mini, setup, tmp_path, records):
     """Loss and gradients of a batch with a masked row are those of the batch without it."""
     from conftest import gradients, load, relative

@@ -27,9 +27,10 @@ def run(tmp_path):
         model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
         training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
         training["lora_enable"] = False
-        for group in (model, training):
+        groups = model, {"image_folder": str(tmp_path)}, training
+        for group in groups:
             group |= {k: v for k, v in flags.items() if k in group or k.startswith("hacl_")}
-        return Run(types.SimpleNamespace(**model), None, types.SimpleNamespace(**training), stage)
+        return Run(*(types.SimpleNamespace(**group) for group in groups), stage)
 
     return make
 
@@ -57,6 +58,7 @@ CASES = [  # which check, stage, flags, what it says
     ("name_of_an_mpt_model", 1, {"model_name_or_path": "my-mpt-llama"}, "give the folder another name"),
     ("processes", 1, {"n_gpu": 2}, "one process was started for 2 GPUs.+deepspeed, torchrun"),
     ("processes", 1, {"fsdp": "full_shard"}, "stage 1 under FSDP cannot be saved"),
+    ("image_folder", 1, {"image_folder": "nowhere"}, "--image_folder nowhere: is no folder"),
     ("projector", 2, {"pretrain_mm_mlp_adapter": "nowhere.bin"}, "nowhere.bin: is no file"),
     ("projector", 1, {"pretrain_mm_mlp_adapter": "nowhere.bin"}, "nowhere.bin: is no file"),
 ]

@@ -129,6 +129,7 @@ def test_bad_input_ends_with_one_line(monkeypatch, capsys, mini, tmp_path, recor
     assert "nowhere.png, which does not exist" in message([{**records[0], "image": "nowhere.png"}])
     assert "hacl_temperature is 7.0" in message(records, "--hacl_temperature", 7)
     assert "give --vision_tower" in fails_without_tower(monkeypatch, capsys, mini, tmp_path)
+    assert "--image_folder nowhere: is no folder" in message(records, "--image_folder", "nowhere")
     # Nothing to learn: the image alone fills the context (it takes 9 tokens), or no template fits.
     said = message(records, "--model_max_length", 9)
     assert "none of 32 records that were looked at has a label" in said and "larger --model_max_length" in said

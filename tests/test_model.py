@@ -286,6 +286,19 @@ def test_queue_over_steps(mini):
     assert int(model.hacl_loss.queue_state()["mask"].sum()) == 7
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_float16_on_disk_is_trained_in_float32(mini, tmp_path, stock):
+    """LLaVA's train() asks for None without --bf16; transformers 5 would take what the file holds."""
+    from hacl_llava import compat
+    from hacl_llava.model import HaclLlavaLlamaForCausalLM
+
+    cls = compat.LlavaLlamaForCausalLM if stock else HaclLlavaLlamaForCausalLM
+    cls.from_pretrained(str(mini.llm), torch_dtype=torch.float16).save_pretrained(tmp_path)
+    for asked, got in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        model = cls.from_pretrained(str(tmp_path), cache_dir=None, attn_implementation=None, torch_dtype=asked)
+        assert {p.dtype for p in model.parameters()} == {got}
+
+
 def test_saved_checkpoint_is_stock(mini, tmp_path):
     import safetensors.torch
 
