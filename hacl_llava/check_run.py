@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from .checkpoint import CheckpointError, Weights, is_whole, read_json
 from .compat import STATE_FILE
 from .config import HaclConfig, HaclError
@@ -90,6 +92,110 @@ def processes(run: Run) -> str | None:
         )
     if run.model.tune_mm_mlp_adapter and (run.training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         return "stage 1 under FSDP cannot be saved; give --deepspeed zero_configs/zero2.json instead."
+    return None
+
+
+# --- the language model and the vision tower, by the headers of their files -------------------------------------------
+
+LLAMA_SHAPED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # "model_type" of config.json
+_BESIDE = ("mm_projector.", "vision_tower.", "rotary_emb.inv_freq", "image_newline", "hacl_head.")  # in a LLaVA model
+
+
+def language_model(run: Run) -> str | None:
+    """``--model_name_or_path`` has to be a whole Llama-shaped model. transformers fills what a file lacks, or what has
+    other names, with random numbers and a warning."""
+    folder = Path(run.model.model_name_or_path)
+    if not folder.is_dir():  # a name on the hub
+        return None
+    if (folder / "adapter_config.json").exists() and not is_whole(folder):
+        return (
+            f"--model_name_or_path {folder}: is a LoRA and no whole model; merge it first: hacl-llava export {folder} "
+            "TARGET --to llava --base LLM."
+        )
+    if not (folder / "config.json").exists():
+        return f"--model_name_or_path {folder}: has no config.json; give the folder of a language model."
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if "text_config" in config:
+        return (
+            f"--model_name_or_path {folder}: is in Hugging Face's format; convert it first: hacl-llava export {folder} "
+            "TARGET --to llava."
+        )
+    if kind == "mpt" and "mpt" in str(folder) and not run.model.use_hacl:  # LLaVA's own class for it
+        return None
+    if kind not in LLAMA_SHAPED:
+        return (
+            f"--model_name_or_path {folder}: is of the type {kind!r}, of which LLaVA's train() would make a Llama with "
+            "random weights; give a Llama-shaped model (Llama, Vicuna, Mistral, TinyLlama)."
+        )
+
+    def expected():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        values = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")}
+        found = LlamaForCausalLM(LlamaConfig(**values)).state_dict()
+        return {k: v for k, v in found.items() if k != "lm_head.weight" or not config.get("tie_word_embeddings")}
+
+    return _misfit("--model_name_or_path", folder, expected, _BESIDE)
+
+
+def tower(run: Run) -> str | None:
+    """``--vision_tower`` has to be a whole CLIP vision model, whole CLIP or its vision part."""
+    folder = Path(run.model.vision_tower or "")
+    if run.model.vision_tower is None or not folder.is_dir():
+        return None
+    if not (folder / "config.json").exists():
+        return f"--vision_tower {folder}: has no config.json; give the folder of a CLIP vision model."
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in ("clip", "clip_vision_model"):
+        return (
+            f"--vision_tower {folder}: is of the type {config.get('model_type')!r}, of which LLaVA would make a CLIP "
+            "model with random weights; give a CLIP model, as openai/clip-vit-large-patch14-336."
+        )
+
+    def expected():
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        found = CLIPVisionModel(CLIPVisionConfig(**config.get("vision_config", config))).state_dict()
+        return {k: v for k, v in found.items() if "position_ids" not in k}
+
+    return _misfit("--vision_tower", folder, expected, None)
+
+
+def _misfit(flag, folder, expected, beside):
+    """What a folder's tensors lack of those that its config.json asks for, or have besides.
+
+    ``expected``: makes {name: tensor}; ``beside``: parts of names that may be there too, None: any.
+    """
+    try:
+        weights = Weights(folder)
+        with torch.device("meta"):
+            wanted = expected()
+    except CheckpointError as error:
+        return f"{flag} {error}"
+    except Exception:  # a config that this transformers does not take: loading says so itself
+        return None
+
+    def short(name):  # transformers 5 has no vision_model in between: neither in what it writes nor in its modules
+        return name.removeprefix("vision_model.")
+
+    stored = {short(name): name for name in weights}
+    missing = [name for name in wanted if short(name) not in stored]
+    more = [n for n in stored if beside and n not in wanted and not any(part in n for part in beside)]
+    again = "copy all files of the model again, and leave config.json as it is"
+    if missing:
+        return (
+            f"{flag} {folder}: lacks {len(missing)} tensors that its config.json asks for, as {missing[0]!r}, which "
+            f"would be random numbers; {again}."
+        )
+    if more:
+        return (
+            f"{flag} {folder}: holds {len(more)} tensors that its config.json does not know, as {more[0]!r}; {again}."
+        )
+    for name, tensor in wanted.items():
+        if (got := weights.shape(stored[short(name)])) != tuple(tensor.shape):
+            asked = f"its config.json asks for {list(tensor.shape)}"
+            return f"{flag} {folder}: {name!r} has the shape {list(got)}, {asked}; {again}."
     return None
 
 
@@ -178,7 +284,7 @@ def earlier_stage2(run: Run) -> str | None:
 
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
     *(settings, stage, vision_tower, name_of_an_mpt_model, processes),
-    projector,
+    *(language_model, tower, projector),
     *(image_folder, output_folder, earlier_stage1, earlier_stage2),
 )
 

@@ -1,11 +1,14 @@
 """What ends a run before anything is loaded: each check refuses its case, says what to do, and lets the others pass."""
 
 import json
+import re
+import shutil
 import types
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hacl_llava import check_run
 from hacl_llava.check_run import CHECKS, Run
@@ -14,15 +17,12 @@ from hacl_llava.config import HaclError
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, mini):
     """``run(stage, flag=value, ...)``: of a run in which nothing is wrong."""
-    llm = tmp_path / "llm"
-    llm.mkdir()
-    (llm / "config.json").write_text(json.dumps({"hidden_size": 64}))
     torch.save({"model.mm_projector.0.weight": torch.zeros(64, 32)}, tmp_path / "mm_projector.bin")
 
     def make(stage=1, **flags):
-        model = {"model_name_or_path": str(llm), "vision_tower": "clip", "use_hacl": stage == 1}
+        model = {"model_name_or_path": str(mini.llm), "vision_tower": str(mini.clip), "use_hacl": stage == 1}
         model |= {"tune_mm_mlp_adapter": stage == 1}
         model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
         training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
@@ -69,6 +69,80 @@ def test_what_is_wrong_is_refused_by_its_check_alone(run, name, stage, flags, me
     with pytest.raises(HaclError, match=message):
         check_run.check_run(run(stage, **flags))
     assert [check.__name__ for check in CHECKS if check(run(stage, **flags))] == [name]
+
+
+def changed(folder, copy, config=None, tensors=lambda found: found):
+    """A copy of a model's folder with another config.json or other tensors."""
+    shutil.copytree(folder, copy)
+    old = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(old | (config or {})))
+    (file,) = copy.glob("*.safetensors")
+    save_file(tensors(load_file(file)), file, {"format": "pt"})
+    return str(copy)
+
+
+def without(part):
+    return lambda found: {k: v for k, v in found.items() if part not in k}
+
+
+MODELS = [  # config, tensors, what is said of the language model
+    ({"model_type": "qwen2"}, dict, "is of the type 'qwen2'.+random weights"),
+    ({"text_config": {}}, dict, "is in Hugging Face's format; convert it first: hacl-llava export"),
+    (
+        {},
+        without("layers.1.mlp.up_proj"),
+        "lacks 1 tensors .+ 'model.layers.1.mlp.up_proj.weight', which would be random",
+    ),
+    ({"num_hidden_layers": 3}, dict, "lacks 9 tensors .+'model.layers.2"),
+    ({"num_hidden_layers": 1}, dict, "holds 9 tensors that its config.json does not know"),
+    ({"intermediate_size": 100}, dict, r"'model.layers.0.mlp.gate_proj.weight' has the shape"),
+    ({}, lambda found: {f"transformer.{k}": v for k, v in found.items()}, "lacks"),
+]
+
+
+@pytest.mark.parametrize("config, tensors, message", MODELS)
+def test_a_language_model_that_is_not_what_it_is_taken_for(run, mini, tmp_path, config, tensors, message):
+    path = changed(mini.llm, tmp_path / "llm", config, tensors)
+    for stage in (1, 2):
+        with pytest.raises(HaclError, match=f"--model_name_or_path {path}: {message}"):
+            check_run.check_run(run(stage, model_name_or_path=path))
+
+
+def test_language_models_that_are_fine(run, mini, tmp_path):
+    assert check_run.language_model(run(model_name_or_path="lmsys/vicuna-7b-v1.5")) is None  # on the hub
+    beside = {
+        "model.mm_projector.0.weight": torch.zeros(64, 32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    for kind in ("llava_llama", "mistral"):
+        path = changed(mini.llm, tmp_path / kind, {"model_type": kind, "mm_vision_tower": "x"}, lambda f: f | beside)
+        assert check_run.language_model(run(model_name_or_path=path)) is None
+    tied = changed(mini.llm, tmp_path / "tied", {"tie_word_embeddings": True}, without("lm_head"))
+    assert check_run.language_model(run(model_name_or_path=tied)) is None
+    mpt = changed(mini.llm, tmp_path / "mpt", {"model_type": "mpt"})
+    assert check_run.language_model(run(2, model_name_or_path=mpt)) is None
+    (tmp_path / "lora").mkdir()
+    assert "has no config.json" in check_run.language_model(run(model_name_or_path=str(tmp_path / "lora")))
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    assert "is a LoRA and no whole model; merge it" in check_run.language_model(
+        run(model_name_or_path=str(tmp_path / "lora"))
+    )
+
+
+@pytest.mark.parametrize(
+    "config, tensors, message",
+    [
+        ({"model_type": "siglip_vision_model"}, dict, "is of the type 'siglip_vision_model'.+give a CLIP model"),
+        ({}, without("patch_embedding"), "lacks 1 tensors"),
+        ({"hidden_size": 48}, dict, "has the shape"),
+        ({}, lambda found: found | {"text_model.x": torch.zeros(1)}, None),  # whole CLIP
+    ],
+)
+def test_a_vision_tower_that_is_not_what_it_is_taken_for(run, mini, tmp_path, config, tensors, message):
+    path = changed(mini.clip, tmp_path / "clip", config, tensors)
+    problem = check_run.tower(run(vision_tower=path))
+    assert problem is None if message is None else re.search(message, problem)
+    assert check_run.tower(run(vision_tower="openai/clip-vit-large-patch14-336")) is None
 
 
 def test_a_projector_that_is_none_or_of_another_size(run, tmp_path):

@@ -82,6 +82,17 @@ def test_every_batch_has_the_same_number_of_rows(mini, setup, records, tmp_path)
     assert hallucinated == [[None] * 3] * 2 and all(x is not None for x in captions)
 
 
+def test_lengths_are_llavas_and_odd_records_have_one(mini, setup, records, tmp_path):
+    import llava.train.train as stock
+
+    data = dataset(mini, setup, records[:5], tmp_path)
+    theirs = stock.LazySupervisedDataset(str(mini.data), setup[1], data.data_args)
+    assert data.lengths == theirs.lengths[:5] and data.modality_lengths == theirs.modality_lengths[:5]
+    odd = [records[0], {"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]}, 3, {}]
+    data.list_data_dict = [*odd, {"image": "a.png", "conversations": "x"}]
+    assert data.modality_lengths[1:] == [-1, -1, -1, 1] and all(n > 0 for n in data.lengths)
+
+
 @pytest.mark.parametrize("limit, K", [(-1, 2), (1, 1), (5, 2), (0, 0)])
 def test_number_of_hallucinated_captions_used(mini, setup, records, tmp_path, limit, K):
     data = dataset(mini, setup, records[:3], tmp_path, hacl_num_hallucinated=limit)
