@@ -322,6 +322,8 @@ class TokenCheck:
         import llava.train.train as stock
         import transformers
 
+        from .data import ensure_pad
+
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 name, model_max_length=max_length, padding_side="right", use_fast=False
@@ -330,6 +332,7 @@ class TokenCheck:
             reason = str(error).strip().splitlines()[0][:200]
             raise HaclError(f"{name}: its tokenizer cannot be loaded ({reason}); give the language model.") from None
         self.tokenizer.pad_token = self.tokenizer.unk_token
+        ensure_pad(self.tokenizer)
         templates = stock.conversation_lib.conv_templates
         self.stock, self.template = stock, templates.get(version, templates["vicuna_v1"])
         self.plain, self.max_length, self.visual = version == "plain", max_length, visual

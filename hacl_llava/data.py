@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,6 +130,32 @@ def tokenize_caption(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Ten
     if getattr(tokenizer, "add_eos_token", False) and ids[-1:] == [eos]:
         ids = ids[:-1]
     return torch.tensor(ids[: tokenizer.model_max_length - 1] + [eos], dtype=torch.long)
+
+
+def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Give a tokenizer a padding token where LLaVA's train() left it none: it takes <unk>, which today's lack.
+
+    A special token that texts do not hold: never EOS, which would pass for padding where it is to be learnt.
+
+    Returns:
+        What was done, or None.
+
+    Raises:
+        DataError: there is no such token.
+    """
+    if tokenizer.pad_token_id is not None:
+        return None
+    taken = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    special = [str(t) for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and i not in taken]
+    unused = [t for t in special if not re.search("im_start|im_end|start_header|end_header|eot|eom|image|vision", t)]
+    best = sorted(unused, key=lambda t: ("pad" not in t, "reserved" not in t))
+    if not best:
+        raise DataError(
+            f"{tokenizer.name_or_path}: its tokenizer has neither <unk> nor another special token to pad rows with; "
+            "add a padding token to it, within the rows of the model's embedding."
+        )
+    tokenizer.pad_token = best[0]
+    return f"the tokenizer has no <unk> to pad rows with, so {best[0]!r} does"
 
 
 class GuardedDataset(stock.LazySupervisedDataset):
@@ -266,6 +293,11 @@ class HaclDataset(GuardedDataset):
 
     def _item(self, i):
         item, record = super()._item(i), self.list_data_dict[i]
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and item["input_ids"][:1].tolist() != [bos]:
+            # A tokenizer that adds no BOS: captions have one, and without it before the image, EOS would take its part.
+            item["input_ids"] = torch.cat([torch.tensor([bos]), item["input_ids"]])
+            item["labels"] = torch.cat([torch.tensor([stock.IGNORE_INDEX]), item["labels"]])
         item["caption_ids"] = tokenize_caption(caption_of(record), self.tokenizer)
         captions = hallucinated_captions(record)[: self.num_hallucinated]
         ids = [tokenize_caption(c, self.tokenizer) for c in captions]
@@ -316,8 +348,14 @@ class WithRecordIndices:
         return batch
 
 
+def _say(note):
+    if note and on_first_rank():
+        print(f"HACL data: {note}.")
+
+
 def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) -> dict[str, Any]:
     """In place of LLaVA's `make_supervised_data_module`: dataset, collator, and no evaluation set."""
+    _say(ensure_pad(tokenizer))
     dataset = HaclDataset(data_args.data_path, tokenizer, data_args)
     collator = WithRecordIndices(HaclCollator(tokenizer))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
@@ -325,6 +363,7 @@ def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) ->
 
 def make_plain_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) -> dict[str, Any]:
     """The same without HACL: LLaVA's own batches, and ``record_indices``."""
+    _say(ensure_pad(tokenizer))
     dataset = GuardedDataset(data_args.data_path, tokenizer, data_args)
     collator = WithRecordIndices(stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

@@ -1,6 +1,7 @@
 """install(), the flags, and what a user sees who gets one wrong."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -265,3 +266,56 @@ def test_lora_run_leaves_the_heads_alone(monkeypatch, capsys, mini, tmp_path, tr
     assert (tmp_path / "lora/hacl_head.safetensors").exists()
     others = torch.load(tmp_path / "lora/non_lora_trainables.bin", weights_only=True)
     assert any("mm_projector" in n for n in others) and not any("hacl" in n for n in others)
+
+
+@pytest.fixture
+def llm_of_today(mini, tmp_path):
+    """The miniature with a tokenizer as Llama-3, Qwen and SmolLM2 have it: no <unk>, pad is EOS, BOS is not added."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path / "llm"
+    shutil.copytree(mini.llm, folder, ignore=shutil.ignore_patterns("*token*"))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|begin|>", "<|end|>", "<|im_start|>", "<|reserved_0|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [mini.data.read_text()], trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": special[2:]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **more}))
+    return folder
+
+
+def test_a_tokenizer_without_unk_and_bos_trains(monkeypatch, capsys, mini, tmp_path, llm_of_today, train_module):
+    from hacl_llava.data import HaclCollator
+
+    batches, collate = [], HaclCollator.__call__
+    monkeypatch.setattr(HaclCollator, "__call__", lambda self, x: batches.append(collate(self, x)) or batches[-1])
+    argv = arguments(
+        mini, tmp_path / "out", "--use_cpu", "True", "--max_steps", "2", "--model_name_or_path", llm_of_today
+    )
+    status, out, err = run_main(monkeypatch, capsys, *argv)
+    assert status == 0, err
+    assert "has no <unk> to pad rows with, so '<|reserved_0|>' does" in out
+    for batch in batches:
+        assert (batch["input_ids"][:, 0] == 0).all() and (batch["input_ids"] == -200).any(
+            1
+        ).all()  # BOS, then the image
+        assert (batch["labels"] != -100).any(1).all() and (batch["labels"][:, 0] == -100).all()
+        assert (batch["attention_mask"] == (batch["input_ids"] != 3)).all()
+    log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss_lm"] > 0 and log[0]["loss_i2t"] > 0
+
+
+def test_a_tokenizer_that_nothing_can_pad_is_named(monkeypatch, capsys, mini, tmp_path, llm_of_today, train_module):
+    settings = json.loads((llm_of_today / "tokenizer_config.json").read_text())
+    settings["additional_special_tokens"] = []
+    (llm_of_today / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = json.loads((llm_of_today / "tokenizer.json").read_text())
+    tokens["added_tokens"] = tokens["added_tokens"][:3]
+    (llm_of_today / "tokenizer.json").write_text(json.dumps(tokens))
+    said = fails(monkeypatch, capsys, mini, tmp_path, "--model_name_or_path", llm_of_today)
+    assert "neither <unk> nor another special token to pad rows with" in said
