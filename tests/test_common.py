@@ -51,11 +51,29 @@ def test_what_can_be_read(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')  # with the mark that Windows puts before UTF-8
     assert files.read_json(path, expected=dict) == {"a": "é"}
-    path.write_text('{"a": 1}\n\n[2]\n', encoding="utf-8")
-    assert list(files.read_lines(path)) == [(1, {"a": 1}), (3, [2])]
-    path.write_text('{"a": 1}\n{"a": ')
-    with pytest.raises(DataError, match="a.json: line 2 is not valid json"):
-        list(files.read_lines(path))
+    for text in ('{"a": 1}\n\n{"a": 2}\n', '[{"a": 1},\n{"a": 2}]'):  # json lines, and a list
+        path.write_text(text)
+        places, records = zip(*files.read_records(path, key="a", a=int))
+        assert records == ({"a": 1}, {"a": 2})
+        assert places[1] in (f"{path}: line 3 (a 2)", f"{path}: record 2 (a 2)")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"a": 1, "b": "x"}\n{"a": ', "line 2 is not valid json .*; give one"),
+        ("[[1]]", "record 1 is a list, expected an object with a, b; give one"),
+        ('{"a": 1}', r"line 1 \(a 1\) has no 'b'; expected an object with a, b; give one"),
+        ('{"a": true, "b": "x"}', "has a True; expected a whole number"),
+        ('{"a": 1, "b": ""}', "has b ''; expected text"),
+        ('[{"a": 1, "b": "x"}, {"a": 1, "b": "y"}]', r"record 2 \(a 1\): the a comes twice"),
+        ("", "has no records; give one"),
+    ],
+)
+def test_records_that_are_wrong_are_named(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=f"a.json: .*{message}"):
+        list(files.read_records(tmp_path / "a.json", "; give one", key="a", a=int, b=str))
 
 
 VALUES = st.lists(

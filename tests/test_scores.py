@@ -16,24 +16,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hacl_llava.common import statistics
-from hacl_llava.common.files import read_lines
-from hacl_llava.config import HaclError
+from hacl_llava.common.endpoint import NotAnswered
+from hacl_llava.common.files import read_records
+from hacl_llava.config import DataError, HaclError
 from hacl_llava.evaluation import Question, amber, chair, mmhal, pope
-from hacl_llava.records import DataError
+from hacl_llava.evaluation.benchmark import SHORT
 
 DATA = Path(__file__).parent / "data" / "evaluation"
 FULL = Path(__file__).parents[2] / "shared" / "data" / "pope"  # the whole files, where they are at hand
 
 
-def items_of(module, questions, answers):
+def items_of(task, answers, questions=None):
     return [
-        {"id": q.id, "image": q.image, "answer": a, **module.score(q, a)}
-        for q, a in zip(questions, answers, strict=True)
+        {"id": q.id, "image": q.image, "answer": a, **task.score(q, a)}
+        for q, a in zip(questions or task.questions, answers, strict=True)
     ]
 
 
 def values(module, items):
     return {name: float(f(statistics.totals(items))) for name, f in module.METRICS.items()}
+
+
+def read_one(module, *arguments):
+    (task,) = module.read(*arguments)
+    return task
+
+
+def records_of(path):
+    return [record for _, record in read_records(path)]
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 # --- statistics
@@ -128,27 +144,23 @@ def test_summary_is_seeded_fast_and_covers():
     assert 180 <= covered <= 199  # of 95 % intervals, 190 are expected
 
 
-@pytest.mark.parametrize("items", [[], [{"id": "1", "image": "a", "error": "no image"}]])
-def test_nothing_scored_has_no_value(items):
-    found = statistics.summarise(ACCURACY, items)["accuracy"]
-    assert math.isnan(found["value"]) and all(map(math.isnan, found["interval"]))
-    found = statistics.paired(ACCURACY, items, items)["accuracy"]
-    assert math.isnan(found["difference"]) and all(map(math.isnan, found["interval"]))
+def undefined(found):
+    return math.isnan(found.get("value", found.get("difference"))) and all(map(math.isnan, found["interval"]))
 
 
-def test_one_image_has_a_value_and_no_interval():
-    found = statistics.summarise(ACCURACY, some_items(1, 10))["accuracy"]
-    assert 0 < found["value"] <= 1 and all(map(math.isnan, found["interval"]))
-
-
-def test_undefined_samples_are_left_out_unless_they_are_most():
+def test_what_is_undefined_is_nan():
+    for items in ([], [{"id": "1", "image": "a", "error": "no image"}]):
+        assert undefined(statistics.summarise(ACCURACY, items)["accuracy"])
+        assert undefined(statistics.paired(ACCURACY, items, items)["accuracy"])
+    one = statistics.summarise(ACCURACY, some_items(1, 10))["accuracy"]
+    assert 0 < one["value"] <= 1 and all(map(math.isnan, one["interval"]))  # one image says nothing of others
+    # undefined samples are left out unless they are most
     items = some_items(50, 1)
     items[0]["counts"] |= {"rare": 1, "rare_right": 1}  # in 1 - (49/50)^50 = 64 % of samples
     assert statistics.summarise(ACCURACY, items)["rare"] == {"value": 1.0, "interval": [1.0, 1.0]}
     metrics = {"odd": lambda c: np.where(np.asarray(c["rare"]) > 1, 1.0, np.nan)}  # in 26 %
-    found = statistics.summarise(metrics, items)["odd"]
-    assert math.isnan(found["value"]) and all(map(math.isnan, found["interval"]))
-    assert math.isnan(statistics.summarise(ACCURACY, some_items(5, 1))["rare"]["value"])  # a count that nothing has
+    assert undefined(statistics.summarise(metrics, items)["odd"])
+    assert undefined(statistics.summarise(ACCURACY, some_items(5, 1))["rare"])  # a count that nothing has
 
 
 def test_failed_items_are_passed_over():
@@ -177,20 +189,6 @@ def test_paired_differences():
     )
     with pytest.raises(HaclError, match="'1-1' comes twice"):
         statistics.paired(ACCURACY, a + [a[4]], b)
-
-
-def test_paired_is_narrower_than_two_samples():
-    # the same images are hard for both
-    rng = random.Random(0)
-    a, b = [], []
-    for i in range(200):
-        hard = rng.random() < 0.5
-        for items, chance in ((a, 0.05), (b, 0.15)):
-            right = int(not hard) if rng.random() > chance else 0
-            items.append({"id": str(i), "image": str(i), "counts": {"right": right, "all": 1}})
-    low, high = statistics.paired(ACCURACY, a, b)["accuracy"]["interval"]
-    alone = [statistics.summarise(ACCURACY, x)["accuracy"]["interval"] for x in (a, b)]
-    assert high - low < 0.75 * math.hypot(*(h - w for w, h in alone))
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -281,14 +279,12 @@ def printed(capsys, answers, label_file):
 
 
 @pytest.mark.parametrize("file", pope_files(), ids=lambda f: f"{f.parent.name}-{f.stem}")
-@pytest.mark.parametrize("seed", range(3))
-def test_pope_equals_the_official_script(file, seed, capsys):
-    ((name, questions),) = pope.read(file).items()
-    rng = random.Random(seed)
-    answers = [rng.choice(AWKWARD) for _ in questions]
+def test_pope_equals_the_official_script(file, capsys):
+    task, rng = read_one(pope, file), random.Random(0)
+    answers = [rng.choice(AWKWARD) for _ in task.questions]
     answers[: len(AWKWARD)] = AWKWARD
-    items = items_of(pope, questions, answers)
-    labels = [json.loads(line)["label"] for line in file.read_text().splitlines()]
+    items = items_of(task, answers)
+    labels = [record["label"] for record in records_of(file)]
     counts = statistics.totals(items)
     assert tuple(counts[k] for k in ("tp", "fp", "tn", "fn")) == official(answers, labels)
     theirs, figures = printed(capsys, answers, file)
@@ -332,13 +328,14 @@ def test_pope_unclear_answers_keep_the_official_verdict(answer, parsed, doubt):
 
 def test_where_the_official_script_goes_wrong(capsys):
     file = DATA / "coco_pope_random.json"
-    (questions,) = pope.read(file).values()
-    right = [q.facts["label"] for q in questions]
-    assert values(pope, items_of(pope, questions, right))["accuracy"] == 1
+    task = read_one(pope, file)
+    questions, right = task.questions, [q.facts["label"] for q in task.questions]
+    whole = values(pope, items_of(task, right))
+    assert whole["accuracy"] == 1 and whole["yes_ratio"] == 0.5
     # 1. never yes: it divides by zero
     with pytest.raises(ZeroDivisionError):
         printed(capsys, ["no"] * len(right), file)
-    mine = values(pope, items_of(pope, questions, ["no"] * len(right)))
+    mine = values(pope, items_of(task, ["no"] * len(right)))
     assert mine["accuracy"] == 0.5 and mine["recall"] == 0 and mine["yes_ratio"] == 0
     assert math.isnan(mine["precision"]) and math.isnan(mine["f1"])
     # 2. one answer missing: it pairs all that follow with the label before theirs (yes and no alternate, so all of
@@ -347,19 +344,14 @@ def test_where_the_official_script_goes_wrong(capsys):
     assert sum(counts) == len(right) - 1 and figures["accuracy"] == 60 / 119
     with pytest.raises(ZeroDivisionError):
         printed(capsys, right[1:], file)
-    assert values(pope, items_of(pope, questions[1:], right[1:]))["accuracy"] == 1
+    assert values(pope, items_of(task, right[1:], questions[1:]))["accuracy"] == 1
     # 3. one too many: left out by the pairs, but not by its yes ratio
-    assert (
-        printed(capsys, [*right, "yes"], file)[1]["yes_ratio"]
-        > 0.5
-        == values(pope, items_of(pope, questions, right))["yes_ratio"]
-    )
+    assert printed(capsys, [*right, "yes"], file)[1]["yes_ratio"] > 0.5
     # 4. another order of the same answers
-    order = list(range(len(right)))
-    random.Random(0).shuffle(order)
-    assert printed(capsys, [right[i] for i in order], file)[1]["accuracy"] < 0.7
-    shuffled = items_of(pope, [questions[i] for i in order], [right[i] for i in order])
-    assert values(pope, shuffled)["accuracy"] == 1
+    order = random.Random(0).sample(range(len(right)), len(right))
+    shuffled = [right[i] for i in order]
+    assert printed(capsys, shuffled, file)[1]["accuracy"] < 0.7
+    assert values(pope, items_of(task, shuffled, [questions[i] for i in order]))["accuracy"] == 1
 
 
 @pytest.mark.parametrize(
@@ -376,20 +368,13 @@ def test_pope_task_names(file, name):
     assert pope.task_name(f"some/folder/{file}") == name
 
 
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_pope_questions_end_with_the_suffix_once():
-    (questions,) = pope.read(DATA / "coco_pope_random.json").values()
-    assert len(questions) == 120 and questions[0].id == "1" and questions[0].facts == {"label": "yes"}
-    assert questions[0].text == (
-        "Is there a snowboard in the image?\nAnswer the question using a single word or phrase."
-    )
-    (bare,) = pope.read(DATA / "coco_pope_random.json", suffix="").values()
-    assert bare[0].text == "Is there a snowboard in the image?"
+def test_pope_questions_end_with_the_suffix_once(tmp_path):
+    task = read_one(pope, DATA / "coco_pope_random.json")
+    first = task.questions[0]
+    assert len(task.questions) == 120 and first.id == "1" and first.facts == {"label": "yes"}
+    assert first.text == "Is there a snowboard in the image?\nAnswer the question using a single word or phrase."
+    rows = [{"question_id": 1, "image": "a.jpg", "text": first.text, "label": "yes"}]
+    assert read_one(pope, write_rows(tmp_path / "q.json", rows)).questions[0].text == first.text
 
 
 @pytest.mark.parametrize("layout", ["coco/", ""])
@@ -397,18 +382,18 @@ def test_pope_reads_llavas_own_file(tmp_path, layout):
     # numbered over all, the short-answer sentence in the text, categories, no labels
     rows = []
     for kind in ("adversarial", "random"):
-        source = [v for _, v in read_lines(DATA / f"coco_pope_{kind}.json")]
+        source = records_of(DATA / f"coco_pope_{kind}.json")
         write_rows(tmp_path / f"{layout}coco_pope_{kind}.json", reversed(source))  # order does not matter
-        rows += [{**v, "text": v["text"] + pope.SUFFIX, "category": kind} for v in source]
+        rows += [{**v, "text": v["text"] + SHORT, "category": kind} for v in source]
     labels = [row.pop("label") for row in rows]
     rows = [{**row, "question_id": i} for i, row in enumerate(rows)]
     tasks = pope.read(write_rows(tmp_path / "llava_pope_test.jsonl", rows))
-    assert list(tasks) == ["POPE coco adversarial", "POPE coco random"]
-    questions = [q for task in tasks.values() for q in task]
+    assert [task.name for task in tasks] == ["POPE coco adversarial", "POPE coco random"]
+    questions = [q for task in tasks for q in task.questions]
     assert [q.facts["label"] for q in questions] == labels and [q.id for q in questions] == list(map(str, range(240)))
-    assert all(q.text.count(pope.SUFFIX) == 1 for q in questions)
+    assert all(q.text.count(SHORT) == 1 for q in questions)
     (tmp_path / f"{layout}coco_pope_random.json").unlink()
-    with pytest.raises(DataError, match=r"line 121: has no label; put POPE's coco_pope_random.json into"):
+    with pytest.raises(DataError, match=r"line 121 .*: has no label; put POPE.s coco_pope_random.json into"):
         pope.read(tmp_path / "llava_pope_test.jsonl")
 
 
@@ -418,14 +403,14 @@ GOOD = {"question_id": 1, "image": "a.jpg", "text": "Is there a cat?", "label": 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no questions"),
-        ([GOOD, GOOD], r"line 2 \(question_id 1\): the id comes twice"),
+        ([], "no records"),
+        ([GOOD, GOOD], r"line 2 \(question_id 1\): the question_id comes twice"),
         ([GOOD | {"label": "maybe"}], r"line 1 \(question_id 1\): label 'maybe'; allowed are \"yes\" and \"no\""),
         ([GOOD | {"label": "Yes"}], "label 'Yes'"),
-        ([{"question_id": 1, "image": "a.jpg", "text": "?"}], "line 1: has no label"),
+        ([{"question_id": 1, "image": "a.jpg", "text": "?"}], r"line 1 \(question_id 1\): has no label"),
         ([GOOD, [1]], "line 2 is a list"),
-        ([{k: v for k, v in GOOD.items() if k != "image"}], "line 1 has no 'image'"),
-        ([GOOD | {"text": 3}], "line 1 has text 3"),
+        ([{k: v for k, v in GOOD.items() if k != "image"}], r"line 1 \(question_id 1\) has no \'image\'"),
+        ([GOOD | {"text": 3}], "has text 3; expected text"),
         ([GOOD | {"question_id": None}], "has question_id None"),
     ],
 )
@@ -440,8 +425,8 @@ OWN = chair.read_synonyms()
 COCO = sorted({name for name in OWN.category.values() if name})
 
 
-def question(*objects, synonyms=None):
-    return Question("1", "a.jpg", chair.PROMPT, {"objects": sorted(objects), "synonyms": synonyms})
+def score(objects, text, synonyms=OWN):
+    return chair.score(Question("1", "a.jpg", chair.PROMPT, {"objects": sorted(objects)}), text, synonyms)
 
 
 def named(text, synonyms=OWN):
@@ -500,21 +485,21 @@ def test_chair_mentions(text, found):
 
 def test_chair_by_hand():
     # two captions of one image with a person, a dog and a frisbee
-    q = question("person", "dog", "frisbee")
-    first = chair.score(q, "A man throws a frisbee to his dog while another man sits on a bench.")
+    truth = ("person", "dog", "frisbee")
+    first = score(truth, "A man throws a frisbee to his dog while another man sits on a bench.")
     assert first["counts"] == {
         "hallucinated": 1, "mentions": 5, "sentence_hallucinated": 1, "sentences": 1, "recalled": 3, "truth": 3,
         "words": 15, "correct": 0,
     }  # fmt: skip
     assert first["hallucinated"] == [["bench", "bench"]] and first["truth"] == ["dog", "frisbee", "person"]
-    second = chair.score(q, "A dog jumps.")
+    second = score(truth, "A dog jumps.")
     assert second["counts"] == {
         "hallucinated": 0, "mentions": 1, "sentence_hallucinated": 0, "sentences": 1, "recalled": 1, "truth": 3,
         "words": 3, "correct": 1,
     }  # fmt: skip
     found = values(chair, [first, second])
     assert found == pytest.approx({"chair_i": 1 / 6, "chair_s": 1 / 2, "recall": 4 / 6, "words": 9, "objects": 3})
-    empty = values(chair, [chair.score(q, "")])
+    empty = values(chair, [score(truth, "")])
     assert math.isnan(empty["chair_i"]) and empty["chair_s"] == 0 == empty["recall"]
 
 
@@ -614,8 +599,7 @@ truths = st.sets(st.sampled_from(COCO), max_size=10)
 def test_chair_does_not_depend_on_the_order_of_sentences(parts, truth, rng):
     shuffled = list(parts)
     rng.shuffle(shuffled)
-    q = question(*truth)
-    assert chair.score(q, " ".join(parts))["counts"] == chair.score(q, " ".join(shuffled))["counts"]
+    assert score(truth, " ".join(parts))["counts"] == score(truth, " ".join(shuffled))["counts"]
 
 
 @given(sentences, truths, st.sampled_from([c for c in COCO if c not in ("toilet", "chair")]))
@@ -623,7 +607,7 @@ def test_chair_does_not_depend_on_the_order_of_sentences(parts, truth, rng):
 def test_a_false_object_never_lowers_chair_and_a_true_one_never_raises_it(parts, truth, new):
     text = " ".join(parts)
     for objects, sign in ((truth - {new}, 1), (truth | {new}, -1)):
-        before, after = (chair.score(question(*objects), t)["counts"] for t in (text, f"{text} A {new}."))
+        before, after = (score(objects, t)["counts"] for t in (text, f"{text} A {new}."))
         rates = [Fraction(c["hallucinated"], c["mentions"]) for c in (before, after)]
         assert sign * (rates[1] - rates[0]) >= 0
         assert sign * (after["sentence_hallucinated"] - before["sentence_hallucinated"]) >= 0
@@ -635,7 +619,7 @@ def test_a_false_object_never_lowers_chair_and_a_true_one_never_raises_it(parts,
 @settings(deadline=None, max_examples=200)
 def test_synonyms_count_the_same(word, truth):
     name = OWN.category[word]
-    a, b = (chair.score(question(*truth), f"Here: {w}!")["counts"] for w in (word, name))
+    a, b = (score(truth, f"Here: {w}!")["counts"] for w in (word, name))
     assert {**a, "words": 0} == {**b, "words": 0}
     if name not in truth:
         assert a["hallucinated"] == 1
@@ -655,74 +639,64 @@ def coco_files(folder):
 
 def test_chair_reads_coco(tmp_path):
     instances, texts = coco_files(tmp_path)
-    both = chair.read([instances, texts])
+    both = read_one(chair, [instances, texts]).questions
     assert [(q.id, q.image) for q in both] == [
         ("COCO_val2014_000000000005", "COCO_val2014_000000000005.jpg"),
         ("COCO_val2014_000000000007", "COCO_val2014_000000000007.jpg"),
     ]  # 9 has neither box nor caption
     assert [q.facts["objects"] for q in both] == [["bed", "cat"], ["dog", "person"]]
-    assert [q.facts["objects"] for q in chair.read(str(instances))] == [["bed"], ["dog", "person"]]
-    assert [q.facts["objects"] for q in chair.read([texts])] == [["bed", "cat"], ["dog"]]
+    assert [q.facts["objects"] for q in read_one(chair, [instances]).questions] == [["bed"], ["dog", "person"]]
+    assert [q.facts["objects"] for q in read_one(chair, [texts]).questions] == [["bed", "cat"], ["dog"]]
     assert both[0].text == "Please describe this image in detail."
 
 
 def test_chair_with_a_list_given_scores_by_that_list(tmp_path, official_list):
     rows = [{"image": "a.jpg", "captions": ["a puppy"], "instances": [{"category": "person"}]}]
-    (q,) = chair.read(write_rows(tmp_path / "c.jsonl", rows), synonyms=official_list)
+    task = read_one(chair, [write_rows(tmp_path / "c.jsonl", rows)], official_list)
+    (q,) = task.questions
     assert q.facts["objects"] == ["dog", "person"]
-    assert chair.score(q, "a stool and a kitten")["hallucinated"] == [["stool", "chair"]]  # the list has no kitten
+    assert task.score(q, "a stool and a kitten")["hallucinated"] == [["stool", "chair"]]  # the list has no kitten
     rows[0]["instances"].append({"category": "kite"})
     with pytest.raises(DataError, match=r"line 1: category 'kite' is not in .*synonyms.txt"):
-        chair.read(write_rows(tmp_path / "d.jsonl", rows), synonyms=official_list)
+        chair.read([write_rows(tmp_path / "d.jsonl", rows)], official_list)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("not json", "line 1 is not valid json"),
-        ('{"images": [], "annotations": [{"image_id": 3}]}', "no COCO instances or captions"),
+        ('{"images": [], "annotations": [{"image_id": 3}]}', "annotation None: expected COCO's"),
         ('{"images": []}', "line 1: expected COCO's"),
         ('{"image": "a.jpg", "captions": [3]}', "line 1: expected"),
         ('{"image": "a.jpg", "captions": []}\n{"captions": ["a"]}', "line 2: expected"),
+        ('{"image": "1.png", "question_id": 1, "text": "Is there a dog?", "label": "yes"}', "line 1: expected COCO's"),
+        ('{"image": "1.png", "captions": [], "instances": []}', "no image with a box or a caption"),
     ],
 )
 def test_chair_refuses_other_files(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DataError, match=message):
-        chair.read(tmp_path / "x.json")
+        chair.read([tmp_path / "x.json"])
     with pytest.raises(DataError, match="cannot be read"):
-        chair.read(tmp_path / "none.json")
+        chair.read([tmp_path / "none.json"])
 
 
 def test_chair_images_of_one_name_in_two_folders_are_two(tmp_path):
     rows = [{"image": f"{i}.png", "captions": ["a dog"]} for i in ("a/1", "b/1", "b/2")]
-    questions = chair.read(write_rows(tmp_path / "c.jsonl", rows))
-    assert [q.id for q in questions] == ["a/1.png", "b/1.png", "2"]
-    assert [q.image for q in questions] == ["a/1.png", "b/1.png", "b/2.png"]
-
-
-def test_chair_refuses_questions_and_training_data(tmp_path):
-    rows = [{"image": "1.png", "question_id": 1, "text": "Is there a dog?", "label": "yes"}]
-    with pytest.raises(DataError, match=r"q\.jsonl: line 1: expected COCO's instances"):
-        chair.read([write_rows(tmp_path / "q.jsonl", rows)])
-    rows = [{"image": "1.png", "captions": [], "instances": []}]
-    with pytest.raises(DataError, match=r"e\.jsonl: no image with a box or a caption"):
-        chair.read(write_rows(tmp_path / "e.jsonl", rows))
+    questions = read_one(chair, [write_rows(tmp_path / "c.jsonl", rows)]).questions
+    assert [(q.id, q.image) for q in questions] == [("a/1.png",) * 2, ("b/1.png",) * 2, ("2", "b/2.png")]
 
 
 def test_chair_on_human_captions():
-    questions = chair.read(DATA / "coco_captions.jsonl")
-    assert len(questions) == 12
-    items, boxes = [], []
-    for (_, row), q in zip(read_lines(DATA / "coco_captions.jsonl"), questions, strict=False):
-        q = next(q for q in questions if q.image == row["image"])
-        only_boxes = q._replace(facts={**q.facts, "objects": sorted({i["category"] for i in row["instances"]})})
-        items += [chair.score(q, c) for c in row["captions"]]
-        boxes += [chair.score(only_boxes, c) for c in row["captions"]]
+    rows = {row["image"]: row for row in records_of(DATA / "coco_captions.jsonl")}
+    truth = {q.image: q.facts["objects"] for q in read_one(chair, [DATA / "coco_captions.jsonl"]).questions}
+    assert len(truth) == 12 and truth.keys() == rows.keys()
+    captions = [(image, caption) for image, row in rows.items() for caption in row["captions"]]
+    items = [score(truth[image], caption) for image, caption in captions]
+    boxes = [score({i["category"] for i in rows[image]["instances"]}, caption) for image, caption in captions]
     assert values(chair, items)["chair_i"] == 0  # the captions are a part of what is there
     assert 0 < values(chair, boxes)["chair_i"] < 0.15 and len(items) == 60
-    others = [chair.score(q, c) for q in questions[6:] for _, row in read_lines(DATA / "coco_captions.jsonl") for c in
-              row["captions"] if row["image"] != q.image]  # fmt: skip
+    others = [score(truth[i], caption) for i in list(truth)[6:] for image, caption in captions if image != i]
     assert values(chair, others)["chair_i"] > 0.4  # the control: captions of other images
 
 
@@ -768,25 +742,25 @@ def amber_data(tmp_path):
 
 
 def test_amber_reads_its_folder(amber_data):
-    tasks = amber.read(amber_data)
-    assert list(tasks) == ["AMBER"] and tasks == amber.read(amber_data.parent)
-    questions = tasks["AMBER"]
+    task = read_one(amber, amber_data)
+    questions = task.questions
+    assert task.name == "AMBER" and questions == read_one(amber, amber_data.parent).questions
     assert [q.id for q in questions] == [str(a["id"]) for a in ANNOTATIONS]
     assert questions[0].text == "Describe this image."
     assert questions[2].text == "Is 2?\nAnswer the question using a single word or phrase."
-    ((name, part),) = amber.read(amber_data / "query" / "query_generative.json").items()
-    assert name == "AMBER generative" and part == questions[:2]
+    part = read_one(amber, amber_data / "query" / "query_generative.json")
+    assert part.name == "AMBER generative" and part.questions == questions[:2]
 
 
 def test_amber_by_hand(amber_data):
-    questions = amber.read(amber_data)["AMBER"]
+    task = read_one(amber, amber_data)
     answers = [
         # tree is the forest's word: it stands for the forest, the first that fits; "sign" is safe; dogs are expected
         "A man stands by trees. The sky is hot. Two dogs, a table and a sign.",
         "People can watch TV. A cup on a desk; glasses.",
         "Yes", "No.", "Yes", "No", "no, there is not", "Yes", "It is", "No",
     ]  # fmt: skip
-    items = items_of(amber, questions, answers)
+    items = items_of(task, answers)
     assert items[0]["objects"] == ["man", "tree", "sky", "dog", "table", "sign"]
     assert items[0]["hallucinated"] == ["dog", "table"]
     expected = {"hallucinated": 2, "mentions": 6, "sentence_hallucinated": 1, "sentences": 1, "covered": 3, "truth": 4}
@@ -832,21 +806,17 @@ def loop_amber(found, truth, hallu):
     return wrong, len(found), sum(covered), sum(named)
 
 
-nouns = sorted({w for k, v in RELATION.items() for w in (k, *v)} - {"can", "watch", "hot"})
+KNOWN = {w.lower(): w for k, v in RELATION.items() for w in (k, *v)}
+WORDS_OF_AMBER = amber.Words(RELATION, KNOWN, frozenset(("sign", "light")))
 
 
-@given(st.lists(st.sampled_from(nouns), max_size=8), st.data())
+@given(st.lists(st.sampled_from(sorted(set(KNOWN.values()) - {"can", "watch", "hot"})), max_size=8), st.data())
 @settings(deadline=None, max_examples=200)
-def test_amber_descriptions_are_the_official_rule(tmp_path_factory, found, data):
-    folder = tmp_path_factory.getbasetemp() / "amber-rule"
-    if not folder.exists():
-        folder.mkdir()
-        (folder / "relation.json").write_text(json.dumps(RELATION))
-        (folder / "safe_words.txt").write_text("sign\nlight\n")
+def test_amber_descriptions_are_the_official_rule(found, data):
     truth = data.draw(st.lists(st.sampled_from(sorted(RELATION)), min_size=1, max_size=5))
     hallu = data.draw(st.lists(st.sampled_from(sorted(RELATION)), min_size=1, max_size=4))
-    facts = {"type": "generative", "truth": truth, "hallu": hallu, "folder": str(folder)}
-    c = amber.score(Question("1", "a.jpg", "?", facts), ", ".join(found))["counts"]
+    q = Question("1", "a.jpg", "?", {"type": "generative", "truth": truth, "hallu": hallu})
+    c = amber.score(q, ", ".join(found), WORDS_OF_AMBER)["counts"]
     assert (c["hallucinated"], c["mentions"], c["covered"], c["expected_named"]) == loop_amber(found, truth, hallu)
 
 
@@ -861,8 +831,7 @@ def test_amber_descriptions_are_the_official_rule(tmp_path_factory, found, data)
     ],
 )
 def test_amber_nouns(text, found):
-    known = {w.lower(): w for k, v in RELATION.items() for w in (k, *v)}
-    assert amber.nouns(text, known) == found
+    assert amber.nouns(text, KNOWN) == found
 
 
 @pytest.mark.parametrize(
@@ -872,7 +841,7 @@ def test_amber_nouns(text, found):
 )  # fmt: skip
 def test_amber_parses_the_first_word(answer, parsed):
     q = Question("1", "a.jpg", "?", {"type": "relation", "truth": "no"})
-    found = amber.score(q, answer)
+    found = amber.score(q, answer, WORDS_OF_AMBER)
     assert found["parsed"] == parsed and found["counts"]["unclear"] == int(parsed is None)
     assert found["counts"]["correct"] == int(parsed == "no") == found["counts"]["relation_no_correct"]
 
@@ -880,13 +849,13 @@ def test_amber_parses_the_first_word(answer, parsed):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("annotations.json", lambda v: v[1:], r"query_all.json: record 0 \(id 1\): has no annotation"),
-        ("annotations.json", lambda v: [{**v[0], "truth": ["moon"]}], r"record 0 \(id 1\): truth has 'moon'"),
+        ("annotations.json", lambda v: v[1:], r"query_all.json: record 1 \(id 1\): has no annotation"),
+        ("annotations.json", lambda v: [{**v[0], "truth": ["moon"]}], r"record 1 \(id 1\): truth has 'moon'"),
         ("annotations.json", lambda v: [{"id": 3, "type": "relation", "truth": "maybe"}], "truth 'maybe'"),
-        ("annotations.json", lambda v: {}, "expected a list"),
-        ("query/query_all.json", lambda v: v + v[:1], r"record 10 \(id 1\): the id comes twice"),
-        ("query/query_all.json", lambda v: [{"id": 1}], "record 0: expected an object"),
-        ("query/query_all.json", lambda v: [], "no questions"),
+        ("annotations.json", lambda v: {}, "line 1 has no 'id'"),
+        ("query/query_all.json", lambda v: v + v[:1], r"record 11 \(id 1\): the id comes twice"),
+        ("query/query_all.json", lambda v: [{"id": 1}], r"record 1 \(id 1\) has no 'image'"),
+        ("query/query_all.json", lambda v: [], "no records"),
         ("relation.json", lambda v: {"sky": "cloud"}, "expected an object of lists of words"),
     ],
 )
@@ -918,7 +887,7 @@ TEMPLATE = {
 def bench(tmp_path):
     rows = [TEMPLATE, TEMPLATE | {"question_type": "counting"}, TEMPLATE | {"question_type": "new kind"}]
     (tmp_path / "response_template.json").write_text(json.dumps(rows))
-    return mmhal.read(tmp_path)
+    return read_one(mmhal, tmp_path).questions
 
 
 class Judge:
@@ -933,7 +902,7 @@ class Judge:
 
 
 def test_mmhal_reads_its_file(bench, tmp_path):
-    assert bench == mmhal.read(tmp_path / "response_template.json")
+    assert bench == read_one(mmhal, tmp_path / "response_template.json").questions
     facts = {"type": "counting", "content": "Dog, Tree", "reference": "It is brown."}
     assert bench[1] == Question("1", "12_ab c.jpg", "What colour is the dog?", facts)
 
@@ -941,10 +910,11 @@ def test_mmhal_reads_its_file(bench, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({}, "expected a list of records"),
-        ([TEMPLATE, {}], "record 1: image_src, question, gt_answer missing or wrong"),
-        ([TEMPLATE | {"image_content": "Dog"}], "record 0: image_content missing"),
-        ([3], "record 0: image_src"),
+        ({}, "line 1 has no 'image_src'"),
+        ([], "no records"),
+        ([TEMPLATE, {}], "record 2 has no 'image_src'; expected an object with image_src, question, gt_answer"),
+        ([TEMPLATE | {"image_content": "Dog"}], "record 1 has image_content 'Dog'; expected a list of texts"),
+        ([3], "record 1 is a int"),
     ],
 )
 def test_mmhal_refuses_other_files(tmp_path, rows, message):
@@ -960,7 +930,7 @@ def test_mmhal_by_hand(bench):
     items = []
     for q, reply in zip(bench, replies, strict=True):
         judge = Judge(reply)
-        items.append(mmhal.score_with(q, "It is {brown}.", judge))
+        items.append(mmhal.score(q, "It is {brown}.", judge))
         ((message,),) = judge.asked
         assert message["role"] == "user"
         for part in ("Dog, Tree", q.text, "It is brown.", "It is {brown}."):
@@ -993,20 +963,18 @@ def test_mmhal_ratings(reply, rating):
 
 def test_mmhal_asks_again_and_never_scores_nonsense(bench):
     judge = Judge("Hm.", "Rating: 1 or Rating: 2", "Rating: 1")
-    assert mmhal.score_with(bench[0], "Red.", judge)["rating"] == 1
+    assert mmhal.score(bench[0], "Red.", judge)["rating"] == 1
     assert [len(m) for m in judge.asked] == [1, 3, 3] and judge.asked[2][1]["content"] == "Rating: 1 or Rating: 2"
     judge = Judge(*["No idea."] * 4)
-    with pytest.raises(mmhal.NoVerdict, match="question 0: no rating from 0 to 6 in 3 replies .* 'No idea.'"):
-        mmhal.score_with(bench[0], "Red.", judge)
-    assert len(judge.asked) == 3 and issubclass(mmhal.NoVerdict, ValueError) and issubclass(mmhal.NoVerdict, HaclError)
-    with pytest.raises(HaclError, match="needs a judge"):
-        mmhal.score(bench[0], "Red.")
+    with pytest.raises(NotAnswered, match="question 0: no rating from 0 to 6 in 3 replies .* 'No idea.'"):
+        mmhal.score(bench[0], "Red.", judge)
+    assert len(judge.asked) == 3
 
     def broken(messages):
         raise ConnectionError("down")
 
     with pytest.raises(ConnectionError):
-        mmhal.score_with(bench[0], "Red.", broken)
+        mmhal.score(bench[0], "Red.", broken)
 
 
 def test_mmhal_takes_the_official_prompt_from_the_users_script(bench, tmp_path):
@@ -1019,7 +987,7 @@ def test_mmhal_takes_the_official_prompt_from_the_users_script(bench, tmp_path):
     rubric = mmhal.read_rubric(script)
     assert rubric.name == "eval_gpt4.py given by the user" and not marker.exists()
     judge = Judge("Rating: 3")
-    assert mmhal.score_with(bench[0], "Red.", judge, rubric)["rubric"] == rubric.name
+    assert mmhal.score(bench[0], "Red.", judge, rubric)["rubric"] == rubric.name
     assert judge.asked[0][0]["content"] == (
         "Judge.\n### Image Contents\nDog, Tree\n### Question\nWhat colour is the dog?\n### Answer\nIt is brown.\n"
         "### LMM\nRed.\n"

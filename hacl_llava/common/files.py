@@ -142,22 +142,62 @@ def _parsed(path, text, hint="", error=DataError):
         raise error(f"{path}: is not json, half-written or damaged ({why}){hint}.") from None
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-    """Read a file of json lines, or a json list.
+def read_records(
+    path: str | os.PathLike, hint: str = "", key: str | None = None, **fields: type | tuple[type, ...]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the objects of a file of json lines, or of a json list.
+
+    Args:
+        path: of the file. hint: what to do, for the messages. key: a field that is unique in the file. fields: name and
+            type (or types) of what each record must have; an empty text is not accepted.
 
     Yields:
-        (line number from 1, value); empty lines are passed over. Of a list: (position from 1, value).
+        (place for messages, ``FILE: line 3`` or ``FILE: record 3``, both from 1; the record).
 
     Raises:
-        DataError: it cannot be read, or a line is no json; the message names the line.
+        DataError: it cannot be read, has no records, or one is not as said; the message names it.
     """
-    text = read_text(path)
+    text, seen = read_text(path, hint), set()
+    for where, value in _values(path, text, hint):
+        if not isinstance(value, dict):
+            raise DataError(f"{where} is a {type(value).__name__}, expected an object{_of(fields)}{hint}.")
+        if key in value:
+            where += f" ({key} {value[key]!r})"
+        for name, kinds in fields.items():
+            if name not in value:
+                raise DataError(f"{where} has no {name!r}; expected an object{_of(fields)}{hint}.")
+            found = value[name]
+            if not isinstance(found, kinds) or isinstance(found, bool) or found == "":
+                kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+                raise DataError(f"{where} has {name} {found!r:.100}; expected {' or '.join(_KINDS[k] for k in kinds)}.")
+        if key is not None:
+            if str(value[key]) in seen:
+                raise DataError(f"{where}: the {key} comes twice; it has to be unique in a file.")
+            seen.add(str(value[key]))
+        yield where, value
+
+
+_KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
+
+
+def _of(fields):
+    return f" with {', '.join(fields)}" if fields else ""
+
+
+def _values(path, text, hint):
+    found = False
     if text.lstrip().startswith("["):
-        yield from enumerate(_parsed(path, text), 1)
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a string
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}: line {number} is not valid json ({error}).") from None
+        for number, value in enumerate(_parsed(path, text, hint), 1):
+            found = True
+            yield f"{path}: record {number}", value
+    else:
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a string
+            if line.strip():
+                found = True
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}: line {number} is not valid json ({error}){hint}.") from None
+                yield f"{path}: line {number}", value
+    if not found:
+        raise DataError(f"{path}: has no records{hint}.")

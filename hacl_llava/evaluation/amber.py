@@ -25,23 +25,23 @@ official script takes "Yes" and "No" alone and counts anything else as wrong; he
 (existence: 0.001) in F1; here what is undefined is nan.
 """
 
-import functools
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..common.files import read_json, read_text
+from ..common.files import read_json, read_records, read_text
 from ..common.statistics import ratio
 from ..config import DataError
 from ..hallucinate.lexicon import DETERMINERS, NUMBER, PRONOUNS, TOKEN, lexicon, singulars
 from . import Question
+from .benchmark import Benchmark, digest, in_one_word, words_in
 
-NAME = "amber"
-SUFFIX = "\nAnswer the question using a single word or phrase."  # to yes/no questions only; LLaVA-1.5's, as for POPE
 MAX_NEW_TOKENS = 512  # AMBER names none; as for CHAIR
 _HINT = "; give AMBER's data folder"
+_RELATION, _SAFE = "relation.json", "safe_words.txt"
 
 # of the official types; those left over are relation ("relation", "discriminative-relation")
 _KINDS = {
@@ -61,130 +61,104 @@ _GROUPS = {
 }
 
 
-def _share(part, whole, kinds):
-    return lambda c: ratio(sum(c[f"{k}_{part}"] for k in kinds), sum(c[f"{k}_{whole}"] for k in kinds))
+def _yes_no(prefix, kinds):
+    def of(c, name):
+        return sum(c[f"{kind}_{name}"] for kind in kinds)
 
-
-def _f1(kinds):
-    def f1(c):
-        right = sum(c[f"{k}_no_correct"] for k in kinds)
-        return ratio(2 * right, sum(c[f"{k}_no"] + c[f"{k}_no_answered"] for k in kinds) * (right > 0))
-
-    return f1
-
-
-def _chair(c):
-    return ratio(c["hallucinated"], c["mentions"])
+    return {
+        f"{prefix}accuracy": lambda c: ratio(of(c, "correct"), of(c, "questions")),
+        f"{prefix}precision": lambda c: ratio(of(c, "no_correct"), of(c, "no_answered")),
+        f"{prefix}recall": lambda c: ratio(of(c, "no_correct"), of(c, "no")),
+        f"{prefix}f1": lambda c: ratio(
+            2 * of(c, "no_correct"), (of(c, "no") + of(c, "no_answered")) * (of(c, "no_correct") > 0)
+        ),
+    }
 
 
 METRICS = {
-    "chair": _chair,
+    "chair": lambda c: ratio(c["hallucinated"], c["mentions"]),
     "cover": lambda c: ratio(c["covered"], c["truth"]),
     "hal": lambda c: ratio(c["sentence_hallucinated"], c["sentences"]),
     "cog": lambda c: ratio(c["expected_named"], c["expected"]),
     "words": lambda c: ratio(c["words"], c["sentences"]),
-    "amber_score": lambda c: (1 - _chair(c) + _f1(_GROUPS[""])(c)) / 2,
-    "unclear": lambda c: ratio(c["unclear"], sum(c[f"{k}_questions"] for k in _GROUPS[""])),
+    "amber_score": lambda c: (1 - METRICS["chair"](c) + METRICS["f1"](c)) / 2,
+    "unclear": lambda c: ratio(c["unclear"], sum(c[f"{kind}_questions"] for kind in _GROUPS[""])),
 }
 for _prefix, _kinds in _GROUPS.items():
-    METRICS |= {
-        f"{_prefix}accuracy": _share("correct", "questions", _kinds),
-        f"{_prefix}precision": _share("no_correct", "no_answered", _kinds),
-        f"{_prefix}recall": _share("no_correct", "no", _kinds),
-        f"{_prefix}f1": _f1(_kinds),
-    }
+    METRICS |= _yes_no(_prefix, _kinds)
 
 
-@functools.lru_cache(maxsize=4)
-def _words(folder):
-    # (words that go with each object, all words, safe words)
-    path = Path(folder) / "relation.json"
-    related = read_json(path, _HINT)
-    if not isinstance(related, dict) or any(
-        not isinstance(v, list) or any(not isinstance(w, str) for w in v) for v in related.values()
-    ):
+class Words(NamedTuple):
+    """AMBER's lists: words that go with each object; lower-case word -> as AMBER writes it; words that are safe."""
+
+    related: Mapping[str, list[str]]
+    known: Mapping[str, str]
+    safe: frozenset[str]
+
+
+def read_words(folder: str | os.PathLike) -> Words:
+    """Read ``relation.json`` and ``safe_words.txt`` of AMBER's data folder; DataError if they are not that."""
+    path = Path(folder) / _RELATION
+    related = read_json(path, _HINT, expected=dict)
+    if not all(isinstance(v, list) and all(isinstance(w, str) for w in v) for v in related.values()):
         raise DataError(f"{path}: expected an object of lists of words, as AMBER's relation.json.")
-    safe = frozenset(read_text(Path(folder) / "safe_words.txt", _HINT).split())
-    # "TV" is written so in AMBER's list
-    known = {word.lower(): word for key, words in related.items() for word in (key, *words)}
-    return related, known, safe
+    known = {word.lower(): word for key, words in related.items() for word in (key, *words)}  # it has "TV"
+    return Words(related, known, frozenset(read_text(Path(folder) / _SAFE, _HINT).split()))
 
 
-def read(path: str | os.PathLike, suffix: str = SUFFIX) -> dict[str, list[Question]]:
+def read(path: str | os.PathLike) -> list[Benchmark]:
     """Read AMBER's questions.
 
     Args:
         path: AMBER's data folder (``annotations.json``, ``query/query_all.json``, ``relation.json``,
             ``safe_words.txt``), the folder around ``data``, or one of its query files
             (``data/query/query_generative.json``) for a part of the questions.
-        suffix: what is added to each yes/no question that does not end so.
 
     Returns:
-        ``{task name: [Question]}``, of one task: "AMBER", or "AMBER generative" of ``query_generative.json``. It has
-        descriptions and yes/no questions together, because `METRICS`' ``amber_score`` is made of both. ``text`` is
-        complete; ``facts`` has ``type`` and ``truth``, and of a description ``hallu`` and ``folder``.
+        One `Benchmark`: "AMBER", or "AMBER generative" of ``query_generative.json``. It has descriptions and yes/no
+        questions together, because ``amber_score`` is made of both. A question's ``text`` is complete; its ``facts``
+        are ``type`` and ``truth``, and of a description ``hallu``.
 
     Raises:
         DataError: a file is missing or is none of AMBER's, a question has no annotation, an id comes twice.
     """
-    path = Path(path)
-    if path.is_dir():
-        folder = path / "data" if (path / "data" / "annotations.json").exists() else path
-        query, name = folder / "query" / "query_all.json", "AMBER"
+    query = Path(path)
+    if query.is_dir():
+        folder = query / "data" if (query / "data" / "annotations.json").exists() else query
+        query = folder / "query" / "query_all.json"
     else:
-        folder, query = path.parent.parent, path
-        part = path.stem.removeprefix("query_")
-        name = "AMBER" if part == "all" else f"AMBER {part}"
-    related, _, _ = _words(str(folder))
-    annotations = {}
-    for i, value in enumerate(_rows(folder / "annotations.json")):
-        problem = _annotation_problem(value, related)
-        if problem:
-            raise DataError(f"{folder / 'annotations.json'}: record {i} {problem}")
-        annotations[value["id"]] = value
-    questions, seen = [], set()
-    for i, value in enumerate(_rows(query)):
-        where = f"{query}: record {i}"
-        if not isinstance(value, dict) or any(not isinstance(value.get(k), str) for k in ("image", "query")):
-            raise DataError(f"{where}: expected an object with id, image and query.")
-        annotation = annotations.get(value.get("id"))
-        if annotation is None:
-            raise DataError(f"{where} (id {value.get('id')!r}): has no annotation; take the files of one release.")
-        if value["id"] in seen:
-            raise DataError(f"{where} (id {value['id']!r}): the id comes twice.")
-        seen.add(value["id"])
-        facts, text = {"type": annotation["type"], "truth": annotation["truth"]}, value["query"].strip()
-        if annotation["type"] == "generative":
-            facts |= {"hallu": annotation["hallu"], "folder": str(folder)}
-        elif suffix and not text.endswith(suffix.strip()):
-            text += suffix
-        questions.append(Question(str(value["id"]), value["image"], text, facts))
-    if not questions:
-        raise DataError(f"{query}: no questions in it.")
-    return {name: questions}
+        folder = query.parent.parent
+    words, annotations, questions = read_words(folder), {}, []
+    for where, row in read_records(folder / "annotations.json", _HINT, id=int, type=str):
+        annotations[row["id"]] = _checked(where, row, words)
+    for where, row in read_records(query, _HINT, key="id", id=int, image=str, query=str):
+        facts = annotations.get(row["id"])
+        if facts is None:
+            raise DataError(f"{where}: has no annotation; take the files of one release.")
+        text = row["query"].strip() if "hallu" in facts else in_one_word(row["query"])
+        questions.append(Question(str(row["id"]), row["image"], text, facts))
+    lists = {}
+    if any("hallu" in q.facts for q in questions):
+        lists["words"] = digest([(folder / name).read_bytes().hex() for name in (_RELATION, _SAFE)])
+    name = f"AMBER {query.stem.removeprefix('query_')}".removesuffix(" all")
+    return [Benchmark("amber", name, questions, MAX_NEW_TOKENS, METRICS, partial(score, words=words), lists=lists)]
 
 
-def _rows(path):
-    rows = read_json(path, _HINT)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list, as AMBER's {Path(path).name}.")
-    return rows
-
-
-def _annotation_problem(value, related):
-    if not isinstance(value, dict) or not isinstance(value.get("id"), int) or not isinstance(value.get("type"), str):
-        return "is no annotation; expected an object with id, type and truth."
-    if value["type"] != "generative":
-        wrong = value.get("truth") not in ("yes", "no")
-        return f'(id {value["id"]}): truth {value.get("truth")!r}; allowed are "yes" and "no".' if wrong else None
+def _checked(where, row, words):
+    """The facts of an annotation."""
+    facts = {"type": row["type"], "truth": row.get("truth")}
+    if row["type"] != "generative":
+        if facts["truth"] not in ("yes", "no"):
+            raise DataError(f'{where} (id {row["id"]}): truth {facts["truth"]!r}; allowed are "yes" and "no".')
+        return facts
+    facts["hallu"] = row.get("hallu")
     for key in ("truth", "hallu"):
-        words = value.get(key)
-        if not isinstance(words, list):
-            return f"(id {value['id']}): {key} is not a list of words."
-        for word in words:
-            if word not in related:
-                return f"(id {value['id']}): {key} has {word!r}, which is not in relation.json."
-    return None
+        if not isinstance(facts[key], list):
+            raise DataError(f"{where} (id {row['id']}): {key} is not a list of words.")
+        for word in facts[key]:
+            if word not in words.related:
+                raise DataError(f"{where} (id {row['id']}): {key} has {word!r}, which is not in {_RELATION}.")
+    return facts
 
 
 def nouns(text: str, known: Mapping[str, str]) -> list[str]:
@@ -224,10 +198,9 @@ _CANS = frozenset(
 _MODALS = frozenset("to can could will would may might must should cannot not n't don't doesn't".split())
 
 
-def _described(question, answer):
-    facts = question.facts
-    related, known, safe = _words(facts["folder"])
-    truth, hallu = facts["truth"], facts["hallu"]
+def _described(question, answer, words):
+    related, known, safe = words
+    truth, hallu = question.facts["truth"], question.facts["hallu"]
     # The first that fits, and words that go with an object before the objects' own names: the official order.
     fits = [{}, {}]
     for table, objects in zip(fits, (truth, hallu)):
@@ -256,7 +229,7 @@ def _described(question, answer):
         "truth": len(truth),
         "expected_named": len(named),
         "expected": len(hallu),
-        "words": len(re.findall(r"\w+(?:['’\-]\w+)*", answer)),
+        "words": words_in(answer),
         "correct": int(not wrong),
     }
     return {"counts": counts, "objects": found, "hallucinated": wrong, "truth": truth}
@@ -269,7 +242,7 @@ def parse(answer: str) -> str | None:
     return word if word in ("yes", "no") else None
 
 
-def score(question: Question, answer: str) -> dict[str, Any]:
+def score(question: Question, answer: str, words: Words) -> dict[str, Any]:
     """One answer.
 
     Returns:
@@ -278,8 +251,8 @@ def score(question: Question, answer: str) -> dict[str, Any]:
         question: counts ``<kind>_questions``, ``_correct``, ``_no`` (to be answered no), ``_no_answered``,
         ``_no_correct``, and correct and unclear; ``parsed``, ``label``.
     """
-    if question.facts["type"] == "generative":
-        return _described(question, answer)
+    if "hallu" in question.facts:
+        return _described(question, answer, words)
     kind = _KINDS.get(question.facts["type"], "relation")
     parsed, label = parse(answer), question.facts["truth"]
     counts = {

@@ -7,7 +7,7 @@ holds rows of one length alone, with images of one shape: nothing is padded, so 
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from ..loading import Loaded
 
 WAITING = 8  # batches' worth of images that wait for others of their kind at most
+
+
+class Row(NamedTuple):
+    """A question ready for a batch with others of its ``kind``; the rest as of `Answerer.row`."""
+
+    kind: tuple
+    name: Any
+    ids: torch.Tensor
+    pixels: torch.Tensor
+    size: tuple[int, int]
+    room: int
 
 
 def _as_it_is(value):
@@ -74,19 +85,26 @@ class Answerer:
         text = question.text.encode("utf-8", "replace").decode().replace(DEFAULT_IMAGE_TOKEN, "")
         return prompt_ids([(text, None)], self.template, self.tokenizer, self.model.config)
 
-    def room(self, ids: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> int:
-        """How many tokens an answer may have, at most ``max_new_tokens``.
+    def row(
+        self, name: Any, ids: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int], max_new_tokens: int
+    ) -> Row:
+        """One question for `replies`.
 
         Args:
-            ids: [1, n] of the prompt. pixels: [3, H, W] of its image, or [P, 3, H, W] of LLaVA-1.6's patches.
+            name: a `Question`, or what else tells its answer from others. ids: [1, n] of the prompt. pixels: [3, H, W]
+                of its image, or [P, 3, H, W] of LLaVA-1.6's patches. size: (width, height) of the image.
+            max_new_tokens: of the answer; less where the context ends.
 
         Raises:
             HaclError: prompt and image are too long: LLaVA would cut the end off without a word, the question.
         """
-        length = ids.shape[1] - 1 + _pictures(pixels) * self.tokens_of_a_picture
+        pictures = len(pixels) if pixels.ndim == 4 else 1
+        length = ids.shape[1] - 1 + pictures * self.tokens_of_a_picture
         if length > (longest := min(self.cut, self.context - min(max_new_tokens, self.context // 4))):
             raise HaclError(f"takes {length} tokens with its image; allowed are {longest}.")
-        return min(max_new_tokens, self.context - length)
+        room = min(max_new_tokens, self.context - length)
+        kind = ids.shape[1], pixels.shape, room, pictures > 1 and size  # LLaVA-1.6: size says how many tokens it takes
+        return Row(kind, name, ids, pixels, size, room)
 
     def answers(
         self, questions: Sequence[Question], images: str | os.PathLike, max_new_tokens: int
@@ -106,31 +124,45 @@ class Answerer:
         data = Images(images, [q.image for q in questions], self.image_processor, self.model.config)
         more = {"prefetch_factor": 4} if self.workers else {}
         loader = DataLoader(data, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is, **more)
-        waiting = {}
-        for question, (pixels, size, error) in zip(questions, alive(loader)):
-            if error:
-                yield Answer(question, error=error)
-                continue
-            ids, pixels = self.prompt(question), torch.from_numpy(pixels)
-            try:
-                room = self.room(ids, pixels, max_new_tokens)
-            except HaclError as error:
-                yield Answer(question, error=f"the question {error}")
-                continue
-            key = kind_of(ids, pixels, size)
-            waiting.setdefault(key, []).append((question, ids, pixels, size, room))
-            if len(waiting[key]) >= self.batch_size:
-                yield from self._answer(waiting.pop(key))
-            elif sum(map(len, waiting.values())) >= WAITING * self.batch_size:
-                yield from self._answer(waiting.pop(max(waiting, key=lambda k: len(waiting[k]))))
-        for rows in waiting.values():
-            yield from self._answer(rows)
 
-    def _answer(self, rows):
+        def rows():
+            for question, (pixels, size, error) in zip(questions, alive(loader)):
+                if error:
+                    yield Answer(question, error=error)
+                    continue
+                try:
+                    yield self.row(question, self.prompt(question), torch.from_numpy(pixels), size, max_new_tokens)
+                except HaclError as why:
+                    yield Answer(question, error=f"the question {why}")
+
+        return self.replies(rows())
+
+    def replies(self, rows: Iterable[Row | Answer]) -> Iterator[Answer]:
+        """Answers to rows, nearly in order: they wait for others that a batch can hold with them.
+
+        Args:
+            rows: of `row`, or answers, which are handed on.
+
+        Raises:
+            HaclError: one row alone does not fit into the GPU's memory.
+        """
+        waiting = {}
+        for row in rows:
+            if isinstance(row, Answer):
+                yield row
+                continue
+            waiting.setdefault(row.kind, []).append(row)
+            most = max(waiting.values(), key=len)
+            if len(most) >= self.batch_size or sum(map(len, waiting.values())) >= WAITING * self.batch_size:
+                yield from self._reply(waiting.pop(most[0].kind))
+        for batch in waiting.values():
+            yield from self._reply(batch)
+
+    def _reply(self, rows):
         while rows:
             batch = rows[: self.batch_size]
-            found = self._within_memory(batch)
-            if found is None:
+            tokens = self._within_memory(batch)
+            if tokens is None:
                 if len(batch) == 1:
                     raise HaclError(
                         "one question alone does not fit into the GPU's memory; take a larger GPU, --bits 4 or 8, or a "
@@ -142,30 +174,18 @@ class Answerer:
                     self.said = True
                 torch.cuda.empty_cache()
                 continue
-            for (question, *_), (text, tokens) in zip(batch, found):
-                yield Answer(question, text, tokens=tokens)
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for row, text, ids in zip(batch, texts, tokens):
+                yield Answer(row.name, text.strip(), tokens=tuple(ids))
             rows = rows[len(batch) :]
 
     def _within_memory(self, rows):
-        """`reply`, or None; the failed pass and its tensors are gone when this returns."""
+        """`generate`, or None; the failed pass and its tensors are gone when this returns."""
+        _, _, ids, pixels, sizes, rooms = zip(*rows)
         try:
-            return self.reply(rows)
+            return self.generate(torch.cat(ids), torch.stack(pixels), sizes, rooms[0])
         except torch.cuda.OutOfMemoryError:
             return None
-
-    def reply(self, rows: Sequence[tuple]) -> list[tuple[str, tuple[int, ...]]]:
-        """Greedy answers to rows that one batch can hold.
-
-        Args:
-            rows: (anything, ids, pixels, size, new tokens at most), all of one `kind_of`.
-
-        Returns:
-            (text, token ids) of each row.
-        """
-        _, ids, pixels, sizes, limits = zip(*rows)
-        tokens = self.generate(torch.cat(ids), torch.stack(pixels), sizes, min(limits))
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [(text.strip(), tuple(row)) for text, row in zip(texts, tokens)]
 
     def generate(
         self, ids: torch.Tensor, pixels: torch.Tensor, sizes: Iterable[tuple[int, int]], max_new_tokens: int
@@ -192,17 +212,6 @@ class Answerer:
         finally:
             self.model.generation_config = before
         return [_to_its_end(row, self.ends) for row in out.tolist()]
-
-
-def kind_of(
-    ids: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]
-) -> tuple[int, torch.Size, tuple[int, int] | bool]:
-    """What rows of one batch have in common; arguments as of `Answerer.room`, and the image's (width, height)."""
-    return ids.shape[1], pixels.shape, _pictures(pixels) > 1 and size  # LLaVA-1.6: size says how many tokens it takes
-
-
-def _pictures(pixels):
-    return len(pixels) if pixels.ndim == 4 else 1
 
 
 def _to_its_end(tokens, ends):

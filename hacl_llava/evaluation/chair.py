@@ -14,22 +14,22 @@ Words are made singular by this package's own rules instead of those of NLTK and
 words are joined where the official script joins two.
 """
 
-import functools
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..common.files import read_lines, read_text
+from ..common.files import read_records, read_text
 from ..common.statistics import ratio
 from ..config import DataError
 from ..hallucinate.lexicon import lexicon, plural, singulars
 from . import Question
+from .benchmark import Benchmark, digest, words_in
 
-NAME = "chair"
 PROMPT = "Please describe this image in detail."  # this, 512 tokens and 500 images: chair_eval.py of OPERA (CVPR 2024)
 MAX_NEW_TOKENS = 512
 SYNONYMS = Path(__file__).with_name("coco_synonyms.txt")
@@ -71,51 +71,6 @@ def _key(phrase):
     return " ".join(_tokens(phrase))
 
 
-@functools.lru_cache(maxsize=8)
-def _read(path):  # noqa: C901
-    text = read_text(path)
-    # comments, and lines that go on with the one before
-    lines = re.sub(r"\n[ \t]+", " ", re.sub(r"(?m)^#.*\n?", "", text)).splitlines()
-    lines = [(line, line.strip()) for line in lines if line.strip()]
-    ours = any(":" in line for line, _ in lines)
-    category, colours, later = {}, set(), []
-
-    def add(phrase, name, line):
-        for form in (_key(phrase), _key(plural(phrase))):
-            if category.setdefault(form, name) != name and form == _key(phrase):
-                raise DataError(f"{path}: {phrase!r} is in {category[form]!r} and in {name!r} ({line[:60]!r}).")
-
-    for _, line in lines:
-        if ours and line[0] in "->~":
-            later.append(line)
-            continue
-        name, words = line.split(":", 1) if ours and ":" in line else (line.split(",")[0], line)
-        if ours and ":" not in line:
-            raise DataError(f"{path}: {line[:60]!r} is no line of a list of synonyms; see the head of {SYNONYMS.name}.")
-        name = name.strip()
-        for word in [name, *words.split(",")]:
-            if word.strip():
-                add(word.strip().lower(), name, line)
-    for line in later:
-        words, _, target = line[1:].partition("=")
-        words = [w.strip() for w in words.split(",") if w.strip()]
-        target = target.strip() or None
-        if target is not None and target not in category:
-            raise DataError(f"{path}: {target!r} is no category ({line[:60]!r}).")
-        if line[0] == "~":
-            colours.update(words)
-        else:
-            for word in words:
-                add(word, category[target] if target else None, line)
-    if not category:
-        raise DataError(f"{path}: no synonyms in it; expected a line of words for each category.")
-    if not ours:
-        for phrase, word in _OFFICIAL.items():
-            for form, single in ((phrase, word), (plural(phrase), word)):
-                category[form] = category.get(single)
-    return Synonyms(category, frozenset(colours))
-
-
 def read_synonyms(path: str | os.PathLike | None = None) -> Synonyms:
     """Read a list of synonyms.
 
@@ -129,7 +84,43 @@ def read_synonyms(path: str | os.PathLike | None = None) -> Synonyms:
     Raises:
         DataError: it cannot be read, or a word is in two categories.
     """
-    return _read(str(path or SYNONYMS))
+    path = path or SYNONYMS
+    text = re.sub(r"(?m)^#.*\n?", "", read_text(path))  # comments
+    text = re.sub(r"\n[ \t]+", " ", text)  # lines that go on with the one before
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    ours = any(":" in line for line in lines)
+    category, colours = {}, set()
+
+    def add(words, name, line):
+        for word in words:
+            if category.setdefault(_key(word), name) != name:
+                raise DataError(f"{path}: {word!r} is in {category[_key(word)]!r} and in {name!r} ({line[:60]!r}).")
+            category.setdefault(_key(plural(word)), name)
+
+    for line in sorted(lines, key=lambda line: ours and line[0] in "->~"):  # categories first
+        if ours and line[0] in "->~":
+            words, _, target = (part.strip() for part in line[1:].partition("="))
+            if target and target not in category:
+                raise DataError(f"{path}: {target!r} is no category ({line[:60]!r}).")
+            if line[0] == "~":
+                colours.update(_split(words))
+            else:
+                add(_split(words), category[target] if target else None, line)
+        elif ours and ":" not in line:
+            raise DataError(f"{path}: {line[:60]!r} is no line of a list of synonyms; see the head of {SYNONYMS.name}.")
+        else:
+            name, words = line.split(":", 1) if ours else (line.split(",")[0], line)
+            add(_split(f"{name},{words}".lower()), name.strip(), line)
+    if not category:
+        raise DataError(f"{path}: no synonyms in it; expected a line of words for each category.")
+    if not ours:
+        for phrase, word in _OFFICIAL.items():
+            category[phrase] = category[plural(phrase)] = category.get(word)
+    return Synonyms(category, frozenset(colours))
+
+
+def _split(words):
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def mentions(text: str, synonyms: Synonyms) -> list[tuple[str, str]]:
@@ -153,25 +144,22 @@ def mentions(text: str, synonyms: Synonyms) -> list[tuple[str, str]]:
     return found
 
 
-def read(
-    paths: str | Path | Sequence[str | os.PathLike], synonyms: str | os.PathLike | None = None, prompt: str = PROMPT
-) -> list[Question]:
+def read(paths: Sequence[str | os.PathLike], synonyms: str | os.PathLike | None = None) -> list[Benchmark]:
     """Read what is in the images.
 
     Args:
-        paths: one path or several, of COCO's ``instances_val2014.json`` and ``captions_val2014.json`` (2017
-            likewise), or of json lines with ``image``, ``captions`` (texts) and ``instances`` (``{"category": ...}``).
-        synonyms: path of a list for `read_synonyms`. prompt: what is asked.
+        paths: of COCO's ``instances_val2014.json`` and ``captions_val2014.json`` (2017 likewise), or of json lines with
+            ``image``, ``captions`` (texts) and ``instances`` (``{"category": ...}``). synonyms: as of `read_synonyms`.
 
     Returns:
-        A `Question` for each image that has a box or a caption, by name; ``facts``: ``objects``, the categories in it,
-        and ``synonyms``, the list they were found with, which `score` uses too.
+        One `Benchmark`, with a question for each image that has a box or a caption, by name; ``facts``: ``objects``,
+        the categories in it.
 
     Raises:
         DataError: a file cannot be read, is of neither kind, or has a category that the list does not know.
     """
     words, objects = read_synonyms(synonyms), {}
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+    for path in paths:
         for where, image, category, caption in _annotations(path):
             here = objects.setdefault(image, set())
             if category is not None:
@@ -182,61 +170,47 @@ def read(
             if caption is not None:
                 here.update(name for _, name in mentions(caption, words))
     if not objects:
-        raise DataError(
-            f"{paths if isinstance(paths, (str, Path)) else paths[0]}: no image with a box or a caption in it."
-        )
-    facts = {"synonyms": str(synonyms) if synonyms else None}
+        raise DataError(f"{paths[0]}: no image with a box or a caption in it.")
     stems = Counter(Path(i).stem for i in objects)
     names = {i: Path(i).stem if stems[Path(i).stem] == 1 else i for i in objects}  # a/1.jpg and b/1.jpg are not one
-    return [Question(names[i], i, prompt, {"objects": sorted(objects[i]), **facts}) for i in sorted(objects)]
+    asked = [Question(names[i], i, PROMPT, {"objects": sorted(objects[i])}) for i in sorted(objects)]
+    lists = {"synonyms": digest(Path(synonyms).read_bytes().hex()) if synonyms else "own"}
+    return [Benchmark("chair", "CHAIR", asked, MAX_NEW_TOKENS, METRICS, partial(score, synonyms=words), lists=lists)]
 
 
 def _annotations(path):
-    # (where, image file, category or None, caption or None)
-    text = read_text(path)
+    """(place, image file, category or None, caption or None) of each annotation."""
     try:
-        whole = json.loads(text)
+        whole = json.loads(read_text(path))
     except ValueError:
         whole = None  # json lines then, or an error with its line
-    if isinstance(whole, dict) and "annotations" in whole:
-        yield from _coco(path, whole)
-        return
-    for number, value in read_lines(path):
-        where = f"{path}: line {number}"
-        try:
-            image, captions, instances = value["image"], value.get("captions", []), value.get("instances", [])
-            if not isinstance(image, str) or any(not isinstance(c, str) for c in captions):
-                raise TypeError
-            if "captions" not in value and "instances" not in value:  # questions, or LLaVA's training data
-                raise KeyError
-            yield from ((where, image, i["category"], None) for i in instances)
-            yield from ((where, image, None, c) for c in captions)
-        except (TypeError, KeyError, AttributeError):
-            raise DataError(
-                f"{where}: expected COCO's instances_*.json or captions_*.json, or json lines with image, captions and "
-                "instances (each with a category)."
-            ) from None
-
-
-def _coco(path, whole):
+    where = path
     try:
-        files = {image["id"]: image["file_name"] for image in whole["images"]}
-        names = {c["id"]: c["name"] for c in whole.get("categories", [])}
-        for annotation in whole["annotations"]:
-            where = f"{path}: annotation {annotation.get('id')}"
-            image = files[annotation["image_id"]]
-            if "caption" in annotation:
-                yield where, image, None, annotation["caption"]
-            else:
-                yield where, image, names[annotation["category_id"]], None
+        if isinstance(whole, dict) and "annotations" in whole:
+            files = {image["id"]: image["file_name"] for image in whole["images"]}
+            names = {c["id"]: c["name"] for c in whole.get("categories", [])}
+            for annotation in whole["annotations"]:
+                where = f"{path}: annotation {annotation.get('id')}"
+                caption = annotation.get("caption")
+                category = names[annotation["category_id"]] if caption is None else None
+                yield where, files[annotation["image_id"]], category, caption
+            return
+        for where, value in read_records(path):
+            if not {"captions", "instances"} & set(value):  # questions, or LLaVA's training data
+                raise KeyError("captions")
+            image, captions = value["image"], value.get("captions", [])
+            if not all(isinstance(text, str) for text in (image, *captions)):
+                raise TypeError("not a text")
+            yield from ((where, image, i["category"], None) for i in value.get("instances", []))
+            yield from ((where, image, None, c) for c in captions)
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"{path}: no COCO instances or captions ({type(error).__name__}: {error}); expected images, annotations "
-            "with image_id and category_id or caption, and categories."
+            f"{where}: expected COCO's instances_*.json or captions_*.json, or json lines with image, captions and "
+            f"instances, each with a category ({type(error).__name__}: {error})."
         ) from None
 
 
-def score(question: Question, answer: str) -> dict[str, Any]:
+def score(question: Question, answer: str, synonyms: Synonyms) -> dict[str, Any]:
     """One caption.
 
     Returns:
@@ -244,22 +218,17 @@ def score(question: Question, answer: str) -> dict[str, Any]:
         truth (each category once), words, correct (nothing hallucinated); ``objects``: [word, category] of every
         mention, ``hallucinated``: of those that are not there, ``truth``: the categories that are.
     """
-    truth = set(question.facts["objects"])
-    found = mentions(answer, read_synonyms(question.facts.get("synonyms")))
-    wrong = [(word, category) for word, category in found if category not in truth]
+    truth = question.facts["objects"]
+    found = [list(pair) for pair in mentions(answer, synonyms)]
+    wrong = [[word, category] for word, category in found if category not in truth]
     counts = {
         "hallucinated": len(wrong),
         "mentions": len(found),
         "sentence_hallucinated": int(bool(wrong)),
         "sentences": 1,
-        "recalled": len(truth & {category for _, category in found}),
+        "recalled": len({category for _, category in found if category in truth}),
         "truth": len(truth),
-        "words": len(re.findall(r"\w+(?:['’\-]\w+)*", answer)),
+        "words": words_in(answer),
         "correct": int(not wrong),
     }
-    return {
-        "counts": counts,
-        "objects": [list(pair) for pair in found],
-        "hallucinated": [list(pair) for pair in wrong],
-        "truth": sorted(truth),
-    }
+    return {"counts": counts, "objects": found, "hallucinated": wrong, "truth": truth}

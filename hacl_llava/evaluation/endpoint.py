@@ -50,10 +50,8 @@ def data_uri(folder: str | os.PathLike, name: str) -> str:
     from PIL import Image
 
     path = image_file(folder, name)
-    image = open_image(path)  # a damaged one is seen here, not at the endpoint
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as stored:
-        kind = stored.format
+    image, data = open_image(path), path.read_bytes()  # a damaged one is seen here, not at the endpoint
+    kind = Image.open(io.BytesIO(data)).format
     if kind not in ("JPEG", "PNG") or len(data) > LARGEST_IMAGE:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=95)

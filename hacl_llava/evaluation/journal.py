@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Hashable, Iterable
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common import jsonl
-from ..common.files import write_json
-from ..config import DataError, HaclError
+from ..common.files import read_json
+from ..common.report import shorten
+from ..config import HaclError
 from . import Question
 
 _WHOLE, _BLOCK, _BLOCKS = 64 << 20, 4096, 64
@@ -67,64 +69,39 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> dict[st
         if path.with_name("answers.jsonl").exists():
             raise HaclError(f"{path.parent}: has answers, but no {path.name} that says whose; choose another --output.")
         return {}
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        old["questions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: is not what an evaluation writes ({error}); choose another --output.") from None
-    changed = [n for n, v in json.loads(json.dumps(settings)).items() if n not in old or old[n] != v]
+    old = read_json(path, "; choose another --output", expected=dict)
+    settings = json.loads(json.dumps(settings))
+    changed = [name for name, value in settings.items() if name not in old or old[name] != value]
     if changed:
         name = changed[0]
+        more = f" ({', '.join(changed[1:])} differ too)" if changed[1:] else ""
         raise HaclError(
-            f"{path}: the answers there are of another evaluation: {name} was {_short(old.get(name))}, now it is "
-            f"{_short(settings[name])}{' (' + ', '.join(changed[1:]) + ' differ too)' if changed[1:] else ''}; choose "
-            f"another --output, or remove {path.parent} to ask anew."
+            f"{path}: the answers there are of another evaluation: {name} was {shorten(repr(old.get(name)), 100)}, now "
+            f"it is {shorten(repr(settings[name]), 100)}{more}; choose another --output, or remove {path.parent} to "
+            "ask anew."
         )
     return old
 
 
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
-
-
-class Answers:
+class Answers(jsonl.Journal):
     """Answers by name, in a file of json lines that grows by whole lines; the last line of a name counts.
 
     Args:
         path: the file. key: the field, or the fields, that name a line.
+
+    Attributes:
+        lines: {name: line}, the name a tuple where there are several fields.
 
     Raises:
         DataError: a line is damaged.
     """
 
     def __init__(self, path: str | os.PathLike, *key: str) -> None:
-        self.path, self.key, self.lines = Path(path), key, {}
-        self._journal = jsonl.Journal(path, self._keep)
-
-    def _name(self, value):
-        return tuple(value[k] for k in self.key) if len(self.key) > 1 else value[self.key[0]]
-
-    def _keep(self, value, place):
-        self.lines[self._name(value)] = value
-
-    def append(self, value: dict[str, Any]) -> None:
-        """Add a line, as `jsonl.Journal.append`."""
-        self._journal.append(value)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._journal.close()
+        self.name, self.lines = operator.itemgetter(*key), {}
+        super().__init__(path, lambda line, place: self.lines.update({self.name(line): line}))
 
     def sort(self, names: Iterable[Hashable]) -> None:
         """Rewrite the file, one line for each name, in the order of ``names``, others after them."""
         self.close()
         order = {name: i for i, name in enumerate(names)}
-        lines = sorted(self.lines.items(), key=lambda line: order.get(line[0], len(order)))
-        jsonl.write(self.path, (value for _, value in lines))
-
-
-def write_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
-    """Write settings.json, unless it is there."""
-    if not Path(path).exists():
-        write_json(path, settings)
+        jsonl.write(self.path, (self.lines[n] for n in sorted(self.lines, key=lambda n: order.get(n, len(order)))))

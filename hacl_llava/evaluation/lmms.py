@@ -96,41 +96,32 @@ class HaclLlava(lmms):
         Raises:
             HaclError: a task samples or uses beams, asks about anything but one image, or a question is too long.
         """
-        groups = {}  # what one batch can hold: prompts of one length. Images are read when their batch's turn comes.
-        for index, request in enumerate(requests):
-            text, settings, _, doc, task, _ = request.args
-            where = f"task {task}, document {doc}"
-            _check_greedy(settings, task)
-            ids = self.answerer.prompt(Question(where, None, text, {}))
-            limit = settings.get("max_new_tokens") or MAX_NEW_TOKENS
-            groups.setdefault((ids.shape[1], limit), []).append((index, ids, where))
-        answers = [None] * len(requests)
-        with tqdm(total=len(requests), desc="hacl_llava", disable=self.rank != 0) as bar:
-            for (_, limit), rows in sorted(groups.items(), reverse=True):  # the longest first: errors come at once
-                for start in range(0, len(rows), self.answerer.batch_size):
-                    batch = rows[start : start + self.answerer.batch_size]
-                    for index, answer in self._answer(batch, requests, limit):
-                        answers[index] = answer
-                    bar.update(len(batch))
-        return answers
-
-    def _answer(self, rows, requests, limit):
         from llava.mm_utils import process_images
 
-        from .answers import kind_of
+        asked = []
+        for index, request in enumerate(requests):
+            text, settings, _, doc, task, _ = request.args
+            _check_greedy(settings, task)
+            ids = self.answerer.prompt(Question(str(index), None, text, {}))
+            asked.append((ids.shape[1], settings.get("max_new_tokens") or MAX_NEW_TOKENS, index, ids))
+        asked.sort(key=lambda row: row[:2], reverse=True)  # rows of one length; the longest first: errors come at once
 
-        answerer, alike = self.answerer, {}
-        for index, ids, where in rows:
-            image = self._image(requests[index], where)
-            pixels = process_images([image], answerer.image_processor, answerer.model.config)[0]
-            try:
-                room = answerer.room(ids, pixels, limit)
-            except HaclError as error:
-                raise HaclError(f"{where}: {error}") from None
-            alike.setdefault(kind_of(ids, pixels, image.size), []).append((index, ids, pixels, image.size, room))
-        for members in alike.values():
-            for (index, *_), (text, _) in zip(members, answerer.reply(members)):
-                yield index, text
+        def rows():  # images are read when their batch's turn comes
+            for _, limit, index, ids in asked:
+                *_, doc, task, _ = requests[index].args
+                where = f"task {task}, document {doc}"
+                image = self._image(requests[index], where)
+                pixels = process_images([image], self.answerer.image_processor, self.answerer.model.config)[0]
+                try:
+                    yield self.answerer.row(index, ids, pixels, image.size, limit)
+                except HaclError as error:
+                    raise HaclError(f"{where}: {error}") from None
+
+        answers = [None] * len(requests)
+        found = self.answerer.replies(rows())
+        for answer in tqdm(found, total=len(requests), desc="hacl_llava", disable=self.rank != 0):
+            answers[answer.question] = answer.text
+        return answers
 
     def _image(self, request, where):
         _, _, images_of, doc, task, split = request.args

@@ -15,35 +15,25 @@ import re
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ..common.files import read_json, read_text
+from ..common.endpoint import NotAnswered
+from ..common.files import read_records, read_text
 from ..common.statistics import ratio
-from ..config import DataError, HaclError
+from ..config import DataError
 from . import Question
+from .benchmark import Benchmark
 
-NAME = "mmhal"
-SUFFIX = (
-    ""  # The questions as they are. (LLaVA-RLHF's model_vqa_mmhal.py adds "... a single word or phrase." by default.)
-)
 MAX_NEW_TOKENS = 1024  # model_vqa_mmhal.py of LLaVA-RLHF, by the benchmark's authors
 ATTEMPTS = 3
 # the eight types, in the order of the benchmark's file
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 METRICS = {
-    "score": lambda c: ratio(c["score"], c["answers"]),
-    "hallucination_rate": lambda c: ratio(c["hallucination"], c["answers"]),
+    f"{name}{of}": lambda c, part=part, of=of: ratio(c[f"{part}{of}"], c[f"answers{of}"])
+    for of in ("", *(f"_{kind}" for kind in TYPES))
+    for name, part in (("score", "score"), ("hallucination_rate", "hallucination"))
 }
-for _type in TYPES:
-    METRICS |= {
-        f"score_{_type}": lambda c, t=_type: ratio(c[f"score_{t}"], c[f"answers_{t}"]),
-        f"hallucination_rate_{_type}": lambda c, t=_type: ratio(c[f"hallucination_{t}"], c[f"answers_{t}"]),
-    }
-
-
-class NoVerdict(HaclError, ValueError):
-    """The judge's replies had no rating; the message has the last one."""
 
 
 class Rubric(NamedTuple):
@@ -115,42 +105,34 @@ def _template(path, source):
     raise DataError(f"{path}: assigns no text to `template`; give MMHal-Bench's own eval_gpt4.py.")
 
 
-def read(path: str | os.PathLike) -> list[Question]:
+def read(path: str | os.PathLike) -> list[Benchmark]:
     """Read the questions.
 
     Args:
         path: ``response_template.json``, or the folder that it is in.
 
     Returns:
-        A `Question` for each record. ``id``: its place from 0. ``image``: the file name of ``image_src``, as the
-        benchmark's image folder has it. ``facts``: ``type``, ``content`` (objects in the image, a text), ``reference``.
+        One `Benchmark`, judged, with a question for each record, as it is there. (LLaVA-RLHF's model_vqa_mmhal.py adds
+        "... a single word or phrase." by default.) ``id``: its place from 0. ``image``: the file name of ``image_src``,
+        as the benchmark's image folder has it. ``facts``: ``type``, ``content`` (objects in the image, a text),
+        ``reference``.
 
     Raises:
         DataError: it cannot be read, or a record lacks a field; names the record.
     """
-    path = Path(path)
+    path, questions = Path(path), []
     if path.is_dir():
         path = path / "response_template.json"
-    rows = read_json(path, "; give MMHal-Bench's response_template.json")
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a list of records, as MMHal-Bench's response_template.json.")
-    questions = []
-    for i, row in enumerate(rows):
-        texts = ("image_src", "question", "gt_answer")
-        wrong = [k for k in texts if not isinstance(row, dict) or not isinstance(row.get(k), str) or not row[k].strip()]
-        content = row.get("image_content", []) if isinstance(row, dict) else None
-        if not isinstance(content, list) or any(not isinstance(c, str) for c in content):
-            wrong.append("image_content")
-        if wrong:
-            raise DataError(
-                f"{path}: record {i}: {', '.join(wrong)} missing or wrong; expected text in {', '.join(texts)} and a "
-                "list of texts in image_content."
-            )
+    hint = "; give MMHal-Bench's response_template.json"
+    for where, row in read_records(path, hint, image_src=str, question=str, gt_answer=str):
+        content = row.get("image_content", [])
+        if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+            raise DataError(f"{where} has image_content {content!r:.100}; expected a list of texts.")
         image = unquote(urlsplit(row["image_src"]).path).rpartition("/")[2]
         kind = str(row.get("question_type", "")).strip().lower()
         facts = {"type": kind, "content": ", ".join(content), "reference": row["gt_answer"]}
-        questions.append(Question(str(i), image, row["question"].strip(), facts))
-    return questions
+        questions.append(Question(str(len(questions)), image, row["question"].strip(), facts))
+    return [Benchmark("mmhal", "MMHal-Bench", questions, MAX_NEW_TOKENS, METRICS, score, judged=True)]
 
 
 def parse(reply: str) -> int | None:
@@ -162,28 +144,23 @@ def parse(reply: str) -> int | None:
     return int(rating) if rating is not None and re.fullmatch("[0-6]", rating) else None
 
 
-def score(question: Question, answer: str) -> NoReturn:
-    """MMHal-Bench needs a judge: raises HaclError; see `score_with`."""
-    raise HaclError(f"MMHal-Bench question {question.id}: needs a judge; give --judge api:NAME.")
-
-
-def score_with(
-    question: Question, answer: str, ask: Callable[[list[dict[str, str]]], str], rubric: Rubric | None = None
+def score(
+    question: Question, answer: str, ask: Callable[[list[dict[str, str]]], str], rubric: Rubric = OWN
 ) -> dict[str, Any]:
     """One answer, judged.
 
     Args:
         ask: function of the messages of an OpenAI-compatible chat (``[{"role", "content"}, ...]``) to the reply's text;
-            what it raises passes through. Called up to `ATTEMPTS` times. rubric: of `read_rubric`; None: `OWN`.
+            what it raises passes through. Called up to `ATTEMPTS` times. rubric: of `read_rubric`.
 
     Returns:
         ``counts``: score (0 to 6), hallucination (0 or 1), answers (1), the same for the question's type, correct (no
         hallucination); ``rating``, ``judgement`` (the reply), ``rubric`` (its name).
 
     Raises:
-        NoVerdict: no reply had a rating.
+        NotAnswered: no reply had a rating; the message has the last one.
     """
-    rubric, facts = rubric or OWN, question.facts
+    facts = question.facts
     text = rubric.text.format(facts["content"], question.text, facts["reference"], answer)
     messages = [{"role": "user", "content": text}]
     for _ in range(ATTEMPTS):
@@ -195,13 +172,13 @@ def score_with(
         again = 'Your reply has no single rating. Reply with one line: "Rating: " and one digit from 0 to 6.'
         messages = [messages[0], {"role": "assistant", "content": reply}, {"role": "user", "content": again}]
     else:
-        raise NoVerdict(
+        raise NotAnswered(
             f"MMHal-Bench question {question.id}: no rating from 0 to 6 in {ATTEMPTS} replies of the judge; the last "
-            f"was {reply[:200]!r}."
+            f"was {reply[:200]!r}.",
+            refused=True,  # an answer of the judge's, which says nothing against the endpoint
         )
-    values = {"score": rating, "hallucination": int(rating < 3), "answers": 1}
-    counts = dict(values)
+    counts = {"score": rating, "hallucination": int(rating < 3), "answers": 1}
     if facts["type"] in TYPES:
-        counts |= {f"{name}_{facts['type']}": value for name, value in values.items()}
+        counts |= {f"{name}_{facts['type']}": value for name, value in counts.items()}
     counts["correct"] = int(rating >= 3)
     return {"counts": counts, "rating": rating, "judgement": reply, "rubric": rubric.name}

@@ -18,31 +18,39 @@ Where that script goes wrong, this one differs:
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.files import read_lines
+from ..common.files import read_records
 from ..common.statistics import ratio
 from ..config import DataError
 from . import Question
+from .benchmark import SHORT, Benchmark, in_one_word
 
-NAME = "pope"
-SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5 (arXiv 2310.03744, its table of prompts)
 MAX_NEW_TOKENS = 128  # llava/eval/model_vqa_loader.py's default, which LLaVA's scripts/v1_5/eval/pope.sh keeps
+_records = partial(
+    read_records,
+    hint="; expected POPE's question_id, image, text and label",
+    key="question_id",
+    question_id=(int, str),
+    image=str,
+    text=str,
+)
 
 
-def _f1(c):
-    # With no true positive, precision and recall are 0 or undefined, and so their harmonic mean is undefined.
-    return ratio(2 * c["tp"], (2 * c["tp"] + c["fp"] + c["fn"]) * (c["tp"] > 0))
+def _questions(c):
+    return c["tp"] + c["fp"] + c["tn"] + c["fn"]
 
 
 METRICS = {
-    "accuracy": lambda c: ratio(c["tp"] + c["tn"], c["tp"] + c["fp"] + c["tn"] + c["fn"]),
+    "accuracy": lambda c: ratio(c["tp"] + c["tn"], _questions(c)),
     "precision": lambda c: ratio(c["tp"], c["tp"] + c["fp"]),
     "recall": lambda c: ratio(c["tp"], c["tp"] + c["fn"]),
-    "f1": _f1,
-    "yes_ratio": lambda c: ratio(c["tp"] + c["fp"], c["tp"] + c["fp"] + c["tn"] + c["fn"]),
-    "unclear": lambda c: ratio(c["unclear"], c["tp"] + c["fp"] + c["tn"] + c["fn"]),
+    # With no true positive, precision and recall are 0 or undefined, and so their harmonic mean is undefined.
+    "f1": lambda c: ratio(2 * c["tp"], (2 * c["tp"] + c["fp"] + c["fn"]) * (c["tp"] > 0)),
+    "yes_ratio": lambda c: ratio(c["tp"] + c["fp"], _questions(c)),
+    "unclear": lambda c: ratio(c["unclear"], _questions(c)),
 }
 
 
@@ -57,7 +65,7 @@ def task_name(path: str | os.PathLike) -> str:
     return f"POPE {data} {'seem ' if seem and data == 'coco' else ''}{kind}"
 
 
-def read(path: str | os.PathLike, suffix: str = SUFFIX) -> dict[str, list[Question]]:
+def read(path: str | os.PathLike) -> list[Benchmark]:
     """Read one question file; a file with categories is several tasks.
 
     Args:
@@ -65,70 +73,45 @@ def read(path: str | os.PathLike, suffix: str = SUFFIX) -> dict[str, list[Questi
             POPE's files; or LLaVA's ``llava_pope_test.jsonl``: with ``category`` and no labels, which are then found by
             image and question in ``coco_pope_<category>.json`` in the same folder or in ``coco/`` in it (LLaVA's
             layout).
-        suffix: what is added to each question that does not end so.
 
     Returns:
-        ``{task name: [Question]}``: a dict, of one task or one for each category. ``text`` is complete, ``facts`` is
-        ``{"label"}``.
+        One `Benchmark`, or one for each category. A question's ``text`` is complete, its ``facts`` are ``{"label"}``.
 
     Raises:
         DataError: a line is no question, a label is neither yes nor no, an id comes twice in the file; names the line.
     """
-    tasks, seen, labels = {}, set(), {}
-    for number, value in read_lines(path):
-        where = f"{path}: line {number}"
-        problem = _problem(value)
-        if problem:
-            raise DataError(f"{where} {problem}")
-        identity, category = str(value["question_id"]), value.get("category")
-        if identity in seen:
-            raise DataError(f"{where} (question_id {identity}): the id comes twice; ids have to be unique in a file.")
-        seen.add(identity)
-        text = value["text"].strip()
-        label = value.get("label")
+    tasks, labels = {}, {}
+    for where, row in _records(path):
+        label, category, image = row.get("label"), row.get("category"), row["image"]
         if label is None:
             if category not in labels:
                 labels[category] = _labels(path, where, category)
-            bare = text.removesuffix(SUFFIX.strip()).strip()
-            label = labels[category].get((value["image"], bare))
+            label = labels[category].get((image, _bare(row["text"])))
             if label is None:
                 raise DataError(
-                    f"{where} (question_id {identity}): no label, and coco_pope_{category}.json has no question "
-                    f"{bare!r} on {value['image']}; take the files of one release of POPE."
+                    f"{where}: no label, and coco_pope_{category}.json has no question {_bare(row['text'])!r} on "
+                    f"{image}; take the files of one release of POPE."
                 )
         if label not in ("yes", "no"):
-            raise DataError(f'{where} (question_id {identity}): label {label!r}; allowed are "yes" and "no".')
-        if suffix and not text.endswith(suffix.strip()):
-            text += suffix
+            raise DataError(f'{where}: label {label!r}; allowed are "yes" and "no".')
         name = task_name(path)
         if category is not None:
-            coco = value["image"].rpartition("/")[2].startswith("COCO_")
+            coco = image.rpartition("/")[2].startswith("COCO_")
             name = f"POPE coco {category}" if coco else f"{name} {category}"
-        tasks.setdefault(name, []).append(Question(identity, value["image"], text, {"label": label}))
-    if not tasks:
-        raise DataError(f"{path}: no questions; expected json lines of question_id, image, text and label.")
-    return tasks
+        question = Question(str(row["question_id"]), image, in_one_word(row["text"]), {"label": label})
+        tasks.setdefault(name, []).append(question)
+    return [Benchmark("pope", name, asked, MAX_NEW_TOKENS, METRICS, score) for name, asked in tasks.items()]
 
 
-def _problem(value):
-    if not isinstance(value, dict):
-        return f"is a {type(value).__name__}, expected an object with question_id, image, text and label."
-    for key in ("question_id", "image", "text"):
-        if key not in value:
-            return f"has no {key!r}; expected question_id, image, text and label."
-        kinds = (str, int) if key == "question_id" else (str,)
-        if not isinstance(value[key], kinds) or isinstance(value[key], bool) or value[key] == "":
-            return f"has {key} {value[key]!r}; expected {'a number or text' if key == 'question_id' else 'text'}."
-    return None
+def _bare(text):
+    return text.strip().removesuffix(SHORT.strip()).strip()
 
 
 def _labels(path, where, category):
-    name = f"coco_pope_{category}.json"
-    folder = Path(path).parent
+    name, folder = f"coco_pope_{category}.json", Path(path).parent
     for file in (folder / name, folder / "coco" / name):
         if category is not None and file.is_file():
-            (questions,) = read(file, suffix="").values()
-            return {(q.image, q.text): q.facts["label"] for q in questions}
+            return {(row["image"], _bare(row["text"])): row.get("label") for _, row in _records(file)}
     beside = f"; put POPE's {name} into {folder} or {folder / 'coco'}" if category is not None else ""
     raise DataError(f"{where}: has no label{beside}, or give POPE's own question files, which have labels.")
 
