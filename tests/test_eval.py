@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import contextlib
 import importlib
 import io
 import json
@@ -11,21 +10,19 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import load
+from openai_server import OpenAIServer, completion
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from workers import Command
 
 from hacl_llava import cli, hub
-from hacl_llava.common import files
 from hacl_llava.config import HaclError
 from hacl_llava.evaluation import Question, journal
 
@@ -58,13 +55,8 @@ def checkpoint(mini, tmp_path_factory):
         model.lm_head.weight[:259] *= 0.3  # special tokens and bytes: seldom, but for the end
         model.lm_head.weight[2] *= 8.7
     model.half().float()
-    values = {
-        "image_aspect_ratio": "pad",
-        "tune_mm_mlp_adapter": False,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-    }
-    model.config.update({**values, "tokenizer_model_max_length": 2048})
+    off = ("tune_mm_mlp_adapter", "mm_use_im_patch_token", "mm_use_im_start_end")
+    model.config.update({**dict.fromkeys(off, False), "image_aspect_ratio": "pad", "tokenizer_model_max_length": 2048})
     folder = tmp_path_factory.mktemp("eval") / "llava-v1.5-mini"
     tower = folder.with_name("clip")  # LLaVA's loader makes float16 of it, too
     shutil.copytree(mini.clip, tower)
@@ -195,22 +187,6 @@ def test_stock_llava_gives_the_same_tokens(checkpoint, loaded, questions, images
     assert other != texts
 
 
-def test_what_rows_are_padded_with_would_matter(loaded, questions, images):
-    """Control: why a batch holds rows of one length. LLaVA pads on the right, and takes no mask where none is given."""
-    from hacl_llava.common.images import Images
-    from hacl_llava.evaluation.answers import Answerer
-
-    answerer = Answerer(loaded, "v1", 2)
-    short, long = (answerer.prompt(Question("", "", text, {})) for text in (TEXTS[2], TEXTS[4]))
-    pixels, size, _ = Images(images, [q.image for q in questions], loaded.image_processor, loaded.model.config)[0]
-    pixels = torch.from_numpy(pixels)[None]
-    alone = answerer.generate(short, pixels, [size], 12)
-    padded = torch.zeros_like(long)
-    padded[:, : short.shape[1]] = short
-    both = answerer.generate(torch.cat((padded, long)), pixels.repeat(2, 1, 1, 1), [size] * 2, 12)
-    assert both[0] != alone[0] and both[1] == answerer.generate(long, pixels, [size], 12)[0]
-
-
 def test_batches_are_of_one_length_and_bounded_and_the_generation_settings_come_back(loaded, images, monkeypatch):
     from hacl_llava.evaluation import answers
 
@@ -242,6 +218,8 @@ def test_images_read_by_other_processes_give_the_same(loaded, questions, images)
 def test_images_of_llava_16_share_a_batch_only_where_they_have_one_size(loaded, questions, images):
     from llava.mm_utils import process_images
 
+    from hacl_llava.evaluation.answers import Answerer
+
     config, side = loaded.model.config, 48
     config.update({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"})
     config.image_grid_pinpoints = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
@@ -251,8 +229,6 @@ def test_images_of_llava_16_share_a_batch_only_where_they_have_one_size(loaded, 
     for question, answer in list(zip(questions, found))[:7]:
         image = Image.open(images / question.image).convert("RGB")
         pixels = process_images([image], loaded.image_processor, config)
-        from hacl_llava.evaluation.answers import Answerer
-
         ids = Answerer(loaded, "v1").prompt(question)
         more = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "use_cache": True, "temperature": None}
         out = loaded.model.generate(ids, images=pixels, image_sizes=[image.size], **more, top_p=None)
@@ -288,22 +264,13 @@ def test_what_is_wrong_with_an_image_is_the_items_own(loaded, images, tmp_path):
     (tmp_path / "half.png").write_bytes((images / "0.png").read_bytes()[:200])
     (tmp_path / "text.png").write_text("no image")
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    names = (
-        "a.png",
-        "half.png",
-        "text.png",
-        "none.png",
-        "../a.png",
-        "/etc/passwd",
-        "x/../../a.png",
-        "bomb.png",
-        "b.png",
-    )
+    outside = ("../a.png", "/etc/passwd", "x/../../a.png")
+    names = ("a.png", "half.png", "text.png", "none.png", *outside, "bomb.png", "b.png")
     asked = [Question(name, name, "Is there?", {}) for name in names]
     found = {a.question.id: a for a in answers_of(loaded, asked, tmp_path, tokens=2)}
     errors = {name: a.error for name, a in found.items() if a.error}
     assert set(errors) == set(names) - {"a.png", "b.png"} and all(found[n].text for n in ("a.png", "b.png"))
-    for name in ("../a.png", "/etc/passwd", "x/../../a.png"):
+    for name in outside:
         assert "leads out of the image folder" in errors[name]
     assert "no such file" in errors["none.png"] and "cannot be opened" in errors["bomb.png"]
 
@@ -342,14 +309,10 @@ def run(checkpoint, pope, images, output, *more):
 
 def figures(output):
     """All that a run says, without when, where and how."""
-    found = {}
-    for path in sorted(Path(output).rglob("*")):
-        if path.is_file() and path.name not in (".lock", "results.json"):
-            found[str(path.relative_to(output))] = path.read_bytes()
-        elif path.name == "results.json":
-            found[str(path.relative_to(output))] = {
-                k: v for k, v in json.loads(path.read_text()).items() if k != "provenance"
-            }
+    found = {str(p.relative_to(output)): p.read_bytes() for p in Path(output).rglob("*") if p.is_file()}
+    for name in found:
+        if name.endswith("results.json"):
+            found[name] = {k: v for k, v in json.loads(found[name]).items() if k != "provenance"}
     return found
 
 
@@ -419,40 +382,33 @@ def test_a_limit_draws_questions_and_the_same_command_without_it_goes_on(checkpo
     assert figures(out) == figures(whole)
 
 
-def test_an_unreadable_image_is_counted_and_tried_again(checkpoint, pope, images, tmp_path, capsys):
+def test_images_that_cannot_be_read_are_counted_and_tried_again(checkpoint, pope, images, tmp_path, capsys):
     here, out = tmp_path / "images", tmp_path / "out"
-    here.mkdir()
-    for path in images.iterdir():
-        (here / path.name).write_bytes(path.read_bytes()[: 200 if path.name == "3.png" else None])
+    shutil.copytree(images, here)
+    (here / "3.png").write_bytes((images / "3.png").read_bytes()[:200])
+    (here / "4.png").unlink()
     assert run(checkpoint, pope, here, out) == 0
-    err = capsys.readouterr().err
-    assert "question 3: " in err and "3.png: cannot be opened" in err and "2 questions failed" in err
+    err, first = capsys.readouterr().err, figures(out)
+    assert "question 3: " in err and "3.png: cannot be opened" in err and "4 questions failed" in err
     folder = out / "pope-coco-random"
     failed = [a for a in lines_of(folder / "answers.jsonl") if "error" in a]
-    assert [a["question_id"] for a in failed] == ["3", "15"] and not any("text" in a for a in failed)
-    assert [i["id"] for i in lines_of(folder / "items.jsonl") if "counts" not in i and i["error"]] == ["3", "15"]
-    result = json.loads((folder / "results.json").read_text())
-    assert result["counts"]["failed"] == 2 and result["counts"]["scored"] == 22
-    (here / "3.png").write_bytes((images / "3.png").read_bytes())
+    assert [a["question_id"] for a in failed] == ["3", "4", "15", "16"] and not any("text" in a for a in failed)
+    assert [i["id"] for i in lines_of(folder / "items.jsonl") if "counts" not in i and i["error"]] == [
+        a["question_id"] for a in failed
+    ]
+    counts = json.loads((folder / "results.json").read_text())["counts"]
+    assert (counts["failed"], counts["scored"]) == (4, 20)
+    assert run(checkpoint, pope, here, out) == 0  # what is left to ask cannot be read, all of it
+    assert figures(out) == first
+    for name in ("3.png", "4.png"):
+        shutil.copy(images / name, here)
     assert run(checkpoint, pope, here, out) == run(checkpoint, pope, images, tmp_path / "whole") == 0
-    want = figures(tmp_path / "whole")
-    found = figures(out)
+    found, want = figures(out), figures(tmp_path / "whole")
     for of in (found, want):
         of.pop("pope-coco-random/settings.json")
         of["pope-coco-random/results.json"].pop("images")
         of["pope-coco-random/results.json"]["settings"].pop("images")
     assert found == want
-
-
-def test_a_missing_image_stays_one_failure_when_the_command_runs_again(checkpoint, pope, images, tmp_path):
-    here, out = tmp_path / "images", tmp_path / "out"
-    shutil.copytree(images, here)
-    (here / "3.png").unlink()
-    assert run(checkpoint, pope, here, out) == 0
-    first = figures(out)
-    assert run(checkpoint, pope, here, out) == 0  # what is left to ask is missing, all of it
-    assert figures(out) == first
-    assert json.loads((out / "pope-coco-random/results.json").read_text())["counts"]["failed"] == 2
 
 
 def refused(capsys, status, pattern):
@@ -566,18 +522,16 @@ def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, 
     assert figures(tmp_path / "out") == figures(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "path, name",
-    [
+def test_a_models_name():
+    from hacl_llava.evaluation.command import _short_name
+
+    for path, name in (
         ("a/llava-x/", "llava-x"),
         ("liuhaotian/llava-v1.5-7b", "llava-v1.5-7b"),
         ("runs/a/checkpoint-10", "a/checkpoint-10"),
-    ],
-)
-def test_a_models_name(path, name):
-    from hacl_llava.evaluation.command import _short_name
-
-    assert _short_name(path) == name
+        ("runs/a/../b/.", "b"),
+    ):
+        assert _short_name(path) == name
 
 
 def test_help_and_parser_import_nothing_heavy():
@@ -586,12 +540,9 @@ def test_help_and_parser_import_nothing_heavy():
     assert done.stdout.strip() == "False", done.stderr
 
 
-HOLD = """import os, sys, time
+HOLD = """import sys, time
 from hacl_llava.common.files import locked
 with locked(sys.argv[1] + "/.lock", "x", "y"):
-    if os.fork() == 0:  # as the processes that read images, which outlive it for a moment
-        time.sleep(10)
-        os._exit(0)
     print(1, flush=True)
     time.sleep(60)
 """
@@ -606,8 +557,6 @@ def test_two_runs_in_one_folder(checkpoint, pope, images, tmp_path, capsys):
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    with files.locked(tmp_path / "out/.lock", "x", "y"):  # a killed one leaves it free
-        pass
 
 
 def test_a_damaged_journal_is_not_guessed_at(tmp_path):
@@ -617,16 +566,6 @@ def test_a_damaged_journal_is_not_guessed_at(tmp_path):
         with pytest.raises(HaclError, match=f"line {line} is damaged"):
             journal.Answers(path, "question_id")
         assert path.read_text() == text
-
-
-def test_answers_with_odd_characters_stay_one_line(tmp_path):
-    lines = journal.Answers(tmp_path / "a.jsonl", "question_id")
-    texts = ["a\u2028b\nc", "\ud83d", "é🙂\0"]
-    for i, text in enumerate(texts):
-        lines.append({"question_id": i, "text": text})
-    lines.close()
-    found = journal.Answers(tmp_path / "a.jsonl", "question_id").lines
-    assert [found[i]["text"] for i in range(3)] == texts
 
 
 def test_other_kinds_of_checkpoint(mini, checkpoint, pope, images, tmp_path, capsys):
@@ -697,55 +636,23 @@ def test_killed_half_way_for_real(checkpoint, pope, images, tmp_path, questions)
 # ---- endpoints
 
 
-class Server:
-    """A stand-in for an endpoint: ``behave(body, number of the request)`` gives (status, text or dict, headers)."""
+class Server(OpenAIServer):
+    """A stand-in for an endpoint: ``behave(body, number of the request)`` gives a text, or (status, json)."""
 
     def __init__(self, behave):
-        self.behave, self.bodies, self.keys, self.lock = behave, [], set(), threading.Lock()
+        super().__init__(responses=self.respond_to, key=KEY)
+        self.behave, self.bodies = behave, []
 
-    def __enter__(self):
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.bodies.append(body)
-                    outer.keys.add(self.headers["Authorization"])
-                    number = len(outer.bodies)
-                status, answer, *headers = outer.behave(body, number)
-                if isinstance(answer, str):
-                    message = {"role": "assistant", "content": answer}
-                    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                    answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-                data = json.dumps(answer).encode()
-                with contextlib.suppress(OSError):
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(data)))
-                    for name, value in (headers[0] if headers else {}).items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def respond_to(self, body):
+        with self.lock:
+            self.bodies.append(body)
+            number = len(self.bodies)
+        found = self.behave(body, number)
+        return completion(found) if isinstance(found, str) else found
 
 
 def error(status, message, **more):
-    return status, {"error": {"message": message, **more}}, {"retry-after-ms": "1"}
+    return status, {"error": {"message": message, **more}}
 
 
 def question_of(body):
@@ -759,7 +666,7 @@ def key(monkeypatch):
 
 
 def ask_api(server, pope, images, output, *more):
-    arguments = ("--model", "api:gpt-x", "--pope", pope, "--base-url", server.url, "--key-env", "MY_KEY", *more)
+    arguments = ("--model", "api:gpt-x", "--pope", pope, "--base-url", server.base_url, "--key-env", "MY_KEY", *more)
     return command(output, images, *arguments)
 
 
@@ -775,11 +682,11 @@ def test_a_model_behind_an_endpoint(pope, images, tmp_path, key, capsys):
     def behave(body, number):
         if any(text in question_of(body) and not busy.discard(text) for text in list(busy)):
             return error(429, f"slow down {KEY}")
-        return 200, "Yes, there is." if "circle" in question_of(body) else " No. "
+        return "Yes, there is." if "circle" in question_of(body) else " No. "
 
     with Server(behave) as server:
         assert ask_api(server, pope, images, tmp_path / "out") == 0
-        assert len(server.bodies) == 26 and server.keys == {f"Bearer {KEY}"}
+        assert len(server.bodies) == 26
         asked = len(server.bodies)
         assert ask_api(server, pope, images, tmp_path / "out") == 0 and len(server.bodies) == asked
     body = server.bodies[0]
@@ -792,14 +699,12 @@ def test_a_model_behind_an_endpoint(pope, images, tmp_path, key, capsys):
     assert [a["question_id"] for a in answers] == [str(i) for i in range(24)]
     assert all(a["text"] == ("Yes, there is." if "circle" in a["prompt"] else "No.") for a in answers)
     result = json.loads((folder / "results.json").read_text())
-    assert result["model"] == "api:gpt-x" and result["settings"]["base_url"] == server.url
+    assert result["model"] == "api:gpt-x" and result["settings"]["base_url"] == server.base_url
     assert result["counts"]["scored"] == 24
     no_key_anywhere(tmp_path, *capsys.readouterr())
 
 
 def test_what_an_endpoint_does_not_answer(pope, images, tmp_path, key, capsys):
-    refusal = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
-    choice = {"index": 0, "message": {"role": "assistant", "content": None, "refusal": "no"}, "finish_reason": "stop"}
     seen = {}
 
     def behave(body, number):
@@ -813,12 +718,12 @@ def test_what_an_endpoint_does_not_answer(pope, images, tmp_path, key, capsys):
         if at == 0:
             return error(400, f"{KEY} flagged by the content policy", code="content_filter")
         if at == 1:
-            return 200, refusal | {"choices": [choice]}
+            return completion(None, refusal="no")
         if at == 2:
             return error(500, "broken")
         if at == 3:
             return 200, {"hello": 1}
-        return 200, "yes"
+        return "yes"
 
     with Server(behave) as server:
         assert ask_api(server, pope, images, tmp_path / "out", "--concurrency", 2) == 0
@@ -841,14 +746,14 @@ def test_what_an_endpoint_does_not_answer(pope, images, tmp_path, key, capsys):
     ],
 )
 def test_an_endpoint_that_ends_the_run(pope, images, tmp_path, key, capsys, answer, pattern):
-    with Server(lambda body, number: (200, "yes") if number <= 5 else answer) as server:
+    with Server(lambda body, number: "yes" if number <= 5 else answer) as server:
         status = ask_api(server, pope, images, tmp_path / "out", "--concurrency", 1)
     captured = capsys.readouterr()
     assert status == 2 and re.search(pattern, captured.err), captured.err
     assert len(captured.err.split("error: ")[-1].splitlines()) == 1
     assert len(lines_of(tmp_path / "out/pope-coco-random/answers.jsonl")) == 5
     no_key_anywhere(tmp_path, *captured)
-    with Server(lambda body, number: (200, "yes")) as server:  # another address is another endpoint
+    with Server(lambda body, number: "yes") as server:  # another address is another endpoint
         refused(capsys, ask_api(server, pope, images, tmp_path / "out"), "base_url was")
 
 
@@ -866,12 +771,7 @@ def test_images_are_sent_as_they_are_or_as_jpeg(tmp_path, monkeypatch):
         image.save(tmp_path / name, "JPEG" if name == "wrong.png" else None)
     (tmp_path / "bad.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
     uris = {n: endpoint.data_uri(tmp_path, n) for n in ("a.jpg", "a.png", "a.bmp", "wrong.png")}
-    assert [u[:15] for u in uris.values()] == [
-        "data:image/jpeg",
-        "data:image/png;",
-        "data:image/jpeg",
-        "data:image/jpeg",
-    ]
+    assert [u[5:15] for u in uris.values()] == ["image/jpeg", "image/png;", "image/jpeg", "image/jpeg"]
 
     def opened(uri):
         return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
@@ -903,7 +803,7 @@ def mmhal(tmp_path):
 
 
 def judged(server, checkpoint, mmhal, images, output, *more):
-    arguments = ("--model", checkpoint, "--mmhal", mmhal, "--judge", "api:gpt-4", "--base-url", server.url)
+    arguments = ("--model", checkpoint, "--mmhal", mmhal, "--judge", "api:gpt-4", "--base-url", server.base_url)
     arguments += ("--key-env", "MY_KEY", "--max-new-tokens", 4, "--device", "cpu", "--concurrency", 2, *more)
     return command(output, images, *arguments)
 
@@ -920,14 +820,14 @@ def test_a_judge_that_fails_is_asked_again_then_marked_never_scored(checkpoint, 
         asked.append(i)
         assert (out / "mmhal-bench/answers.jsonl").read_text().count("\n") == 6  # saved before judging
         if i == 0:
-            return 200, "I cannot say."
+            return "I cannot say."
         if i == 1:
             return error(500, "broken")
         if i == 2:
-            return error(429, "slow down") if asked.count(2) == 1 else (200, "Fine. Rating: 6")
+            return error(429, "slow down") if asked.count(2) == 1 else "Fine. Rating: 6"
         if i == 3:
-            return (200, "hm") if asked.count(3) == 1 else (200, "Rating: 1")
-        return 200, "Rating: 4"
+            return "hm" if asked.count(3) == 1 else "Rating: 1"
+        return "Rating: 4"
 
     with Server(behave) as server:
         assert judged(server, checkpoint, mmhal, images, out) == 0
@@ -946,7 +846,7 @@ def test_a_judge_that_fails_is_asked_again_then_marked_never_scored(checkpoint, 
             result["judge"]["name"] == "gpt-4" and result["judge"]["rubric"] and result["settings"]["judge"] == "gpt-4"
         )
         assert "gpt-4" in (out / "results.md").read_text()
-        server.behave = lambda body, number: asked.append(item_of(body)) or (200, "Rating: 3")
+        server.behave = lambda body, number: asked.append(item_of(body)) or "Rating: 3"
         asked.clear()
         assert judged(server, checkpoint, mmhal, images, out) == 0
         assert sorted(asked) == [0, 1]  # the same command asks again for what failed, and for nothing else

@@ -1,28 +1,11 @@
 """AMBER: hallucination in descriptions and in yes/no answers, without a judge (Wang et al. 2023, arXiv 2311.07397).
 
-Definitions are those of the official ``inference.py`` (junyangwang0410/AMBER), as shares of 1 instead of per cent:
-
-Descriptions. Of a description's nouns those are counted that are in AMBER's own list (``relation.json``: objects, each
-with words that go with it).
-
-- ``chair``: of them the share that is neither an annotated object (``truth``), nor a word that goes with one, nor in
-  ``safe_words.txt``; ``hal``: descriptions that have such a noun;
-- ``cover``: annotated objects that are named; ``cog``: objects that are named, of those (``hallu``) that people would
-  expect and that are not there. A noun stands for the first object that it fits, in the order of the annotation.
-
-Yes/no questions. ``accuracy``; ``precision``, ``recall`` and ``f1`` of the answer NO (the positive class of the
-official script: saying no to what is not there); the same for ``existence``, ``attribute`` (``state``, ``number`` and
-``action``) and ``relation``. All existence questions are to be answered no, so that precision is 1 wherever defined.
-
-``amber_score`` is the mean of ``1 - chair`` and ``f1``.
-
-What differs: the official script finds nouns with NLTK's tagger, and lets a noun pass that spaCy's word vectors find
-similar (above 0.8) to an object's word. Both need downloads and change with their versions. Here a word is a noun by
-this package's lexicon and the word before it, and only AMBER's own words count as alike. More nouns count as
-hallucinated so, hence compare figures made by this scorer with each other, not with published ones. Yes/no: the
-official script takes "Yes" and "No" alone and counts anything else as wrong; here the first word decides, in any case
-("No, there is not."), and anything else is wrong too, and ``unclear``. It starts denominators at 0.001 and adds 0.0001
-(existence: 0.001) in F1; here what is undefined is nan.
+Definitions are those of the official ``inference.py`` (junyangwang0410/AMBER), as shares of 1 instead of per cent.
+Of a description's nouns those count that are in AMBER's own list (``relation.json``: objects, each with words that go
+with it). ``chair``: of them the share that is neither an annotated object (``truth``), nor a word that goes with one,
+nor safe; ``hal``: descriptions that have such a noun; ``cover``: annotated objects that are named; ``cog``: objects
+that are named, of those (``hallu``) that people would expect and that are not there. Of yes/no answers, NO is the
+positive class. ``amber_score`` is the mean of ``1 - chair`` and ``f1``. What differs: docs/evaluation.md.
 """
 
 import os
@@ -37,28 +20,15 @@ from ..common.statistics import ratio
 from ..config import DataError
 from ..hallucinate.lexicon import DETERMINERS, NUMBER, PRONOUNS, TOKEN, lexicon, singulars
 from . import Question
-from .benchmark import Benchmark, digest, in_one_word, words_in
+from .benchmark import Benchmark, described, digest, in_one_word
 
 MAX_NEW_TOKENS = 512  # AMBER names none; as for CHAIR
 _HINT = "; give AMBER's data folder"
 _RELATION, _SAFE = "relation.json", "safe_words.txt"
 
-# of the official types; those left over are relation ("relation", "discriminative-relation")
-_KINDS = {
-    "discriminative-attribute-state": "state",
-    "discriminative-attribute-number": "number",
-    "discriminative-attribute-action": "action",
-    "discriminative-hallucination": "existence",
-}
-_GROUPS = {
-    "": ("existence", "state", "number", "action", "relation"),
-    "existence_": ("existence",),
-    "attribute_": ("state", "number", "action"),
-    "state_": ("state",),
-    "number_": ("number",),
-    "action_": ("action",),
-    "relation_": ("relation",),
-}
+KINDS = ("existence", "state", "number", "action", "relation")
+_KIND = {f"discriminative-attribute-{kind}": kind for kind in KINDS[1:4]} | {"discriminative-hallucination": KINDS[0]}
+_GROUPS = {"": KINDS, "existence_": KINDS[:1], "attribute_": KINDS[1:4], **{f"{kind}_": (kind,) for kind in KINDS[1:]}}
 
 
 def _yes_no(prefix, kinds):
@@ -82,10 +52,10 @@ METRICS = {
     "cog": lambda c: ratio(c["expected_named"], c["expected"]),
     "words": lambda c: ratio(c["words"], c["sentences"]),
     "amber_score": lambda c: (1 - METRICS["chair"](c) + METRICS["f1"](c)) / 2,
-    "unclear": lambda c: ratio(c["unclear"], sum(c[f"{kind}_questions"] for kind in _GROUPS[""])),
+    "unclear": lambda c: ratio(c["unclear"], sum(c[f"{kind}_questions"] for kind in KINDS)),
 }
-for _prefix, _kinds in _GROUPS.items():
-    METRICS |= _yes_no(_prefix, _kinds)
+for _group in _GROUPS.items():
+    METRICS |= _yes_no(*_group)
 
 
 class Words(NamedTuple):
@@ -129,8 +99,8 @@ def read(path: str | os.PathLike) -> list[Benchmark]:
     else:
         folder = query.parent.parent
     words, annotations, questions = read_words(folder), {}, []
-    for where, row in read_records(folder / "annotations.json", _HINT, id=int, type=str):
-        annotations[row["id"]] = _checked(where, row, words)
+    for where, row in read_records(folder / "annotations.json", _HINT, key="id", id=int, type=str):
+        annotations[row["id"]] = _facts(where, row, words.related)
     for where, row in read_records(query, _HINT, key="id", id=int, image=str, query=str):
         facts = annotations.get(row["id"])
         if facts is None:
@@ -144,20 +114,18 @@ def read(path: str | os.PathLike) -> list[Benchmark]:
     return [Benchmark("amber", name, questions, MAX_NEW_TOKENS, METRICS, partial(score, words=words), lists=lists)]
 
 
-def _checked(where, row, words):
-    """The facts of an annotation."""
+def _facts(where, row, related):
     facts = {"type": row["type"], "truth": row.get("truth")}
     if row["type"] != "generative":
         if facts["truth"] not in ("yes", "no"):
-            raise DataError(f'{where} (id {row["id"]}): truth {facts["truth"]!r}; allowed are "yes" and "no".')
+            raise DataError(f'{where}: truth {facts["truth"]!r}; allowed are "yes" and "no".')
         return facts
     facts["hallu"] = row.get("hallu")
     for key in ("truth", "hallu"):
         if not isinstance(facts[key], list):
-            raise DataError(f"{where} (id {row['id']}): {key} is not a list of words.")
-        for word in facts[key]:
-            if word not in words.related:
-                raise DataError(f"{where} (id {row['id']}): {key} has {word!r}, which is not in {_RELATION}.")
+            raise DataError(f"{where}: {key} is not a list of words.")
+        if strange := [word for word in facts[key] if word not in related]:
+            raise DataError(f"{where}: {key} has {strange[0]!r}, which is not in {_RELATION}.")
     return facts
 
 
@@ -168,28 +136,22 @@ def nouns(text: str, known: Mapping[str, str]) -> list[str]:
     determiner, a number or "trash" and the like; what may be a verb after "to", a pronoun, a modal verb or a plural
     ("people watch"); words that the dictionary has as adjectives only ("hot").
     """
-    tokens, found, words = [t.lower() for t in TOKEN.findall(text)], [], lexicon()
-    tokens = [re.sub(r"['’]s$", "", t) for t in tokens]
-    for i, token in enumerate(tokens):
-        forms = [token, *singulars(token), *([token[:-1]] if token.endswith("s") else [])]
-        form = next((f for f in forms if f in known), None)
+    found, words, before = [], lexicon(), ""
+    for token in (re.sub(r"['’]s$", "", token.lower()) for token in TOKEN.findall(text)):
+        last, before = before, token
+        forms = (token, *singulars(token), *([token[:-1]] if token.endswith("s") else []))
+        form = next((form for form in forms if form in known), None)
         if form is None:
             continue
-        before = tokens[i - 1] if i else ""
         if form == "can":
-            if token == "can" and before not in DETERMINERS and before not in NUMBER and before not in _CANS:
-                continue
-        elif token == form and (before in PRONOUNS or before in _MODALS or before == "people" or _is_plural(before)):
-            if words.verbs.get(form):
-                continue
-        elif form in words.adjectives and form not in words.nouns and form not in words.own:
-            continue
-        found.append(known[form])
+            other = token == form and not (last in DETERMINERS or last in NUMBER or last in _CANS)
+        elif token == form and (last in PRONOUNS or last in _MODALS or last == "people" or _is_plural(last)):
+            other = words.verbs.get(form)
+        else:
+            other = form in words.adjectives and form not in words.nouns and form not in words.own
+        if not other:
+            found.append(known[form])
     return found
-
-
-def _is_plural(word):
-    return any(single in lexicon().nouns for single in singulars(word))
 
 
 _CANS = frozenset(
@@ -198,47 +160,33 @@ _CANS = frozenset(
 _MODALS = frozenset("to can could will would may might must should cannot not n't don't doesn't".split())
 
 
+def _is_plural(word):
+    return any(single in lexicon().nouns for single in singulars(word))
+
+
 def _described(question, answer, words):
-    related, known, safe = words
     truth, hallu = question.facts["truth"], question.facts["hallu"]
-    # The first that fits, and words that go with an object before the objects' own names: the official order.
-    fits = [{}, {}]
-    for table, objects in zip(fits, (truth, hallu)):
+    # Each word -> the first object that it fits; words that go with an object come before the objects' own names.
+    there, expected = {}, {}
+    for places, objects in ((there, truth), (expected, hallu)):
         for place, name in enumerate(objects):
-            for word in related[name]:
-                table.setdefault(word, place)
+            for word in words.related[name]:
+                places.setdefault(word, place)
         for place, name in enumerate(objects):
-            table.setdefault(name, place)
-    found = nouns(answer, known)
-    covered, named, wrong = set(), set(), []
-    for noun in found:
-        if noun in safe:
-            continue
-        if noun in fits[0]:
-            covered.add(fits[0][noun])
-        else:
-            wrong.append(noun)
-            if noun in fits[1]:
-                named.add(fits[1][noun])
-    counts = {
-        "hallucinated": len(wrong),
-        "mentions": len(found),
-        "sentence_hallucinated": int(bool(wrong)),
-        "sentences": 1,
-        "covered": len(covered),
-        "truth": len(truth),
-        "expected_named": len(named),
-        "expected": len(hallu),
-        "words": words_in(answer),
-        "correct": int(not wrong),
-    }
-    return {"counts": counts, "objects": found, "hallucinated": wrong, "truth": truth}
+            places.setdefault(name, place)
+    found = nouns(answer, words.known)
+    counted = [noun for noun in found if noun not in words.safe]
+    wrong = [noun for noun in counted if noun not in there]
+    covered = {there[noun] for noun in counted if noun in there}
+    named = {expected[noun] for noun in wrong if noun in expected}
+    more = {"covered": len(covered), "truth": len(truth), "expected_named": len(named), "expected": len(hallu)}
+    return described(answer, found, wrong, truth, **more)
 
 
 def parse(answer: str) -> str | None:
     """ "yes" or "no" by the answer's first word, in any case and without marks; None where it is neither."""
-    first = re.match(r"[^\w]*(\w+)", answer)
-    word = first[1].lower() if first else ""
+    first = re.match(r"\W*(\w+)", answer)
+    word = first and first[1].lower()
     return word if word in ("yes", "no") else None
 
 
@@ -246,14 +194,13 @@ def score(question: Question, answer: str, words: Words) -> dict[str, Any]:
     """One answer.
 
     Returns:
-        Of a description: counts (hallucinated, mentions, sentence_hallucinated, sentences, covered, truth,
-        expected_named, expected, words, correct), ``objects``, ``hallucinated`` and ``truth`` (words). Of a yes/no
-        question: counts ``<kind>_questions``, ``_correct``, ``_no`` (to be answered no), ``_no_answered``,
+        Of a description: as `described`, with covered of truth and expected_named of expected. Of a yes/no question:
+        counts ``<kind>_questions``, ``_correct``, ``_no`` (to be answered no), ``_no_answered``,
         ``_no_correct``, and correct and unclear; ``parsed``, ``label``.
     """
     if "hallu" in question.facts:
         return _described(question, answer, words)
-    kind = _KINDS.get(question.facts["type"], "relation")
+    kind = _KIND.get(question.facts["type"], "relation")
     parsed, label = parse(answer), question.facts["truth"]
     counts = {
         f"{kind}_questions": 1,

@@ -41,9 +41,17 @@ def in_one_word(text: str) -> str:
     return text if text.endswith(SHORT.strip()) else text + SHORT
 
 
-def words_in(answer: str) -> int:
-    """The length of an answer in words."""
-    return len(re.findall(r"\w+(?:['’\-]\w+)*", answer))
+def described(answer: str, found: list, wrong: list, there: list, **more: int) -> dict[str, Any]:
+    """The score of a description: objects found in it, those of them that are not there, and all that are there.
+
+    Returns:
+        ``counts``: hallucinated and mentions (each counts), sentence_hallucinated of sentences (1), ``more``,
+        words, correct (nothing hallucinated); ``objects``, ``hallucinated``, ``truth``: the lists.
+    """
+    counts = {"hallucinated": len(wrong), "mentions": len(found), "sentence_hallucinated": int(bool(wrong))}
+    words = len(re.findall(r"\w+(?:['’\-]\w+)*", answer))
+    counts |= {"sentences": 1, **more, "words": words, "correct": int(not wrong)}
+    return {"counts": counts, "objects": found, "hallucinated": wrong, "truth": there}
 
 
 def digest(value: Any) -> str:

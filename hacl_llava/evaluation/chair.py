@@ -2,16 +2,10 @@
 arXiv 1809.02156).
 
 Only COCO's 80 categories are looked for, each under many names. What is in an image is what COCO's boxes and its five
-human captions say together, as in the official script (``utils/chair.py`` of LisaAnne/Hallucination); with one of the
-two files alone more counts as hallucinated.
-
-- ``chair_i``: mentions of objects that are not there, of all mentions; ``chair_s``: captions with at least one;
-- ``recall``: categories of the image that the caption names, of all its categories (over all images);
-- ``words``: mean length of a caption; ``objects``: mean number of mentions. Shorter captions hallucinate less, so CHAIR
-  says little without these two.
-
-Words are made singular by this package's own rules instead of those of NLTK and pattern.en, and phrases of up to four
-words are joined where the official script joins two.
+human captions say together, as in the official script (``utils/chair.py`` of LisaAnne/Hallucination). ``chair_i``:
+mentions of objects that are not there, of all mentions; ``chair_s``: captions with at least one; ``recall``: categories
+of the image that the caption names, of all its categories. Shorter captions hallucinate less, so that says little
+without the means ``words`` and ``objects`` (mentions). What differs from the script: docs/evaluation.md.
 """
 
 import json
@@ -28,7 +22,7 @@ from ..common.statistics import ratio
 from ..config import DataError
 from ..hallucinate.lexicon import lexicon, plural, singulars
 from . import Question
-from .benchmark import Benchmark, digest, words_in
+from .benchmark import Benchmark, described, digest
 
 PROMPT = "Please describe this image in detail."  # this, 512 tokens and 500 images: chair_eval.py of OPERA (CVPR 2024)
 MAX_NEW_TOKENS = 512
@@ -214,21 +208,10 @@ def score(question: Question, answer: str, synonyms: Synonyms) -> dict[str, Any]
     """One caption.
 
     Returns:
-        ``counts``: hallucinated and mentions (each mention counts), sentence_hallucinated of sentences (1), recalled of
-        truth (each category once), words, correct (nothing hallucinated); ``objects``: [word, category] of every
-        mention, ``hallucinated``: of those that are not there, ``truth``: the categories that are.
+        As `described`: [word, category] of every mention, with recalled of truth (each category once).
     """
     truth = question.facts["objects"]
     found = [list(pair) for pair in mentions(answer, synonyms)]
     wrong = [[word, category] for word, category in found if category not in truth]
-    counts = {
-        "hallucinated": len(wrong),
-        "mentions": len(found),
-        "sentence_hallucinated": int(bool(wrong)),
-        "sentences": 1,
-        "recalled": len({category for _, category in found if category in truth}),
-        "truth": len(truth),
-        "words": words_in(answer),
-        "correct": int(not wrong),
-    }
-    return {"counts": counts, "objects": found, "hallucinated": wrong, "truth": truth}
+    recalled = {category for _, category in found if category in truth}
+    return described(answer, found, wrong, truth, recalled=len(recalled), truth=len(truth))

@@ -5,7 +5,7 @@ point group ``lmms_eval.models``, whatever model is asked for: LLaVA is imported
 """
 
 import os
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
@@ -14,7 +14,6 @@ from ..config import HaclError
 from . import Question
 
 if TYPE_CHECKING:
-    import torch
     from lmms_eval.api.instance import Instance
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -32,14 +31,13 @@ class HaclLlava(lmms):
     """A checkpoint that answers lmms-eval's requests: one image each, greedily, in batches whose rows are not padded.
 
     Args:
-        pretrained, base, device, dtype, bits, vision_tower, attn_implementation: as for `load_pretrained`. With several
-            processes (``accelerate launch``), each takes the GPU of its local rank unless ``device`` is given.
-        conv_template: a name of ``llava.conversation.conv_templates``; None: the one that the checkpoint was trained
-            with, as far as its kind and names tell.
-        batch_size: requests at a time.
+        pretrained, base: as for `load_pretrained`. conv_template: a name of ``llava.conversation.conv_templates``;
+            None: the one that the checkpoint was trained with, as far as its kind and names tell. batch_size: requests
+            at a time. settings: the others of `load_pretrained` (device, dtype, bits, ...); with several processes
+            (``accelerate launch``) each takes the GPU of its local rank unless ``device`` is given.
 
     Raises:
-        HaclError: a setting or the checkpoint cannot be used.
+        HaclError: a setting or the checkpoint cannot be used. TypeError: there is no such setting.
     """
 
     def __init__(
@@ -48,13 +46,11 @@ class HaclLlava(lmms):
         base: str | os.PathLike | None = None,
         conv_template: str | None = None,
         batch_size: int | str = 1,
-        device: str | None = None,
-        dtype: "str | torch.dtype | None" = None,
-        bits: int | None = None,
-        vision_tower: str | os.PathLike | None = None,
-        attn_implementation: str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        import torch
+
         from ..chat import default_template
         from ..loading import load_pretrained
         from .answers import Answerer
@@ -66,19 +62,10 @@ class HaclLlava(lmms):
             raise HaclError(f"--batch_size is {batch_size!r}; allowed are 1 and more ('auto' is not).")
         if conv_template not in (None, *conv_templates):
             raise HaclError(f"conv_template is {conv_template!r}; allowed are: {', '.join(sorted(conv_templates))}.")
-        if device is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            import torch
-
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        loaded = load_pretrained(
-            pretrained,
-            base,
-            device=device,
-            dtype=dtype,
-            bits=bits,
-            vision_tower=vision_tower,
-            attn_implementation=attn_implementation,
-        )
+        if settings.get("device") is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            settings["device"] = gpu if torch.cuda.is_available() else "cpu"
+        loaded = load_pretrained(pretrained, base, **settings)
         template = conv_template or default_template(pretrained, base, loaded.model.config, loaded.tokenizer)
         self.answerer = Answerer(loaded, template, int(batch_size), workers=0)
         self.device = loaded.model.device

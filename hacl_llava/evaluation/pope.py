@@ -2,18 +2,10 @@
 
 Answers are judged as POPE's own script does (``evaluate.py`` of AoiDragon/POPE; ``llava/eval/eval_pope.py`` does the
 same): the text up to the first full stop, without commas, split at spaces; "No", "no" or "not" among the words means
-no, anything else means yes. So an empty answer, "NO", "No" before a line break, and every other language count as yes.
-The verdict is kept, so that figures can stand beside published ones; answers in which it is doubtful are counted as
-``unclear`` beside it.
-
-Where that script goes wrong, this one differs:
-
-- it pairs answers with labels by their order in the two files: an answer missing, or in another place, shifts all that
-  follow; here they are paired by question;
-- it divides by zero where the model never says yes, or is never right with it; here precision or F1 is then undefined
-  (nan);
-- every label but "no" is a yes to it; here other labels are refused;
-- (lmms-eval's ``pope_yes_ratio`` is that of the labels; here, as in the script, it is that of the answers.)
+no, anything else means yes, so also an empty answer, "NO", "No" before a line break, and every other language. The
+verdict is kept, so that figures can stand beside published ones; answers in which it is doubtful are counted as
+``unclear`` beside it. Where that script goes wrong (answers paired by their order, divisions by zero, labels that are
+neither yes nor no), this one differs: docs/evaluation.md.
 """
 
 import os
