@@ -211,9 +211,5 @@ class Answerer:
                 )
         finally:
             self.model.generation_config = before
-        return [_to_its_end(row, self.ends) for row in out.tolist()]
-
-
-def _to_its_end(tokens, ends):
-    end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:end]
+        ends = [next((i + 1 for i, token in enumerate(row) if token in self.ends), None) for row in out.tolist()]
+        return [row[:end] for row, end in zip(out.tolist(), ends)]

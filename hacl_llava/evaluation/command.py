@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.files import locked
-from ..common.images import image_file
 from ..config import HaclError
 from ..hallucinate.command import whole
 
@@ -94,13 +93,9 @@ def _check(args) -> "Judge | None":
         for name in ("base", "vision_tower", "conv", "bits", "dtype", "device"):
             if getattr(args, name) is not None:
                 raise HaclError(f"--{name.replace('_', '-')} is for a checkpoint; {args.model} is behind an endpoint.")
-    for flag, value, other, needed in (
-        ("--chair-synonyms", args.chair_synonyms, "--chair", args.chair),
-        ("--judge", args.judge, "--mmhal", args.mmhal),
-        ("--mmhal-rubric", args.mmhal_rubric, "--mmhal", args.mmhal),
-    ):
-        if value and not needed:
-            raise HaclError(f"{flag} is for {other}, which was not given.")
+    for name, other in (("chair_synonyms", "chair"), ("judge", "mmhal"), ("mmhal_rubric", "mmhal")):
+        if getattr(args, name) and not getattr(args, other):
+            raise HaclError(f"--{name.replace('_', '-')} is for --{other}, which was not given.")
     if args.mmhal and not args.judge:
         raise HaclError("--mmhal needs --judge api:NAME, the model that judges its answers (the paper's is GPT-4).")
     if not os.path.isdir(args.images):
@@ -125,17 +120,12 @@ def _check_images(tasks, folder):
     if not any(task.pending() for task in tasks):
         return
     # of all questions: those that are left may be the few whose image is missing, which are no reason to refuse
-    names = list(dict.fromkeys(q.image for task in tasks for q in task.asked))
-    missing = []
-    for name in names:
-        try:
-            image_file(folder, name)
-        except HaclError as error:
-            missing.append(error)
-    if 2 * len(missing) > len(names):
+    paths = {Path(folder, q.image) for task in tasks for q in task.asked}
+    missing = sorted(path for path in paths if not os.path.isfile(path))
+    if 2 * len(missing) > len(paths):
         raise HaclError(
-            f"--images {folder}: {len(missing)} of {len(names)} images that are asked about are not there; the first: "
-            f"{missing[0]}"
+            f"--images {folder}: {len(missing)} of {len(paths)} images that are asked about are not there; the first: "
+            f"{missing[0]}: no such file."
         )
 
 
@@ -221,27 +211,20 @@ def main(args: argparse.Namespace) -> int:
         HaclError: something that was given is not right, which is seen before the model is loaded; or an endpoint gave
             up, or every image fails. Answers so far are kept.
     """
-    from .engine import say
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
-    tasks = _tasks(args)
-    judge = _check(args)
-    with locked(Path(args.output, ".lock"), args.output, "choose another --output"):
+    tasks, judge = _tasks(args), _check(args)
+    with locked(Path(args.output, ".lock"), args.output, "choose another --output"), contextlib.ExitStack() as opened:
         try:
-            _run(args, tasks, judge)
+            _run(args, tasks, judge, opened)
         except OSError as error:
             raise HaclError(f"{error.filename or args.output}: {error.strerror}; answers so far are kept.") from None
         except KeyboardInterrupt:
-            say(f"\nstopped; answers so far are in {args.output}. The same command goes on.")
+            print(f"\nstopped; answers so far are in {args.output}. The same command goes on.", file=sys.stderr)
             return 130
-        finally:
-            for task in tasks:
-                if task.journal:
-                    task.journal.close()
     return 0
 
 
-def _run(args, tasks, judge):
+def _run(args, tasks, judge, opened):
     from .engine import write_table
     from .journal import check_settings
 
@@ -249,9 +232,9 @@ def _run(args, tasks, judge):
     for path in Path(args.output).glob("*/settings.json"):
         check_settings(path, source.settings)  # other tasks there are of the same model, too
     for task in tasks:
-        task.open(source.settings)
+        opened.enter_context(task.open(source.settings))
     _check_images(tasks, args.images)
-    model, finished = None, 0
+    model, finished = None, []
     try:
         for task in tasks:
             if task.pending():
@@ -259,13 +242,9 @@ def _run(args, tasks, judge):
                     model = source.load(any("text" in line for t in tasks for line in t.journal.lines.values()))
                 task.ask(model, source.name, source.settings)
             if not task.benchmark.judged:
-                task.finish(source.name, None)
-                finished += 1
+                finished.append(task.finish(source.name))
         model = None  # its memory, before a judge's hours
-        for task in tasks:
-            if task.benchmark.judged:
-                task.finish(source.name, judge)
-                finished += 1
+        finished += [task.finish(source.name, judge) for task in tasks if task.benchmark.judged]
     finally:  # what ends one task takes nothing from the others
         if finished:
             write_table(Path(args.output))

@@ -63,8 +63,8 @@ class Task:
         }
         self.journal = None
 
-    def open(self, settings: dict[str, Any]) -> None:
-        """Read the answers so far; HaclError if they are of other settings than these (the model's)."""
+    def open(self, settings: dict[str, Any]) -> Answers:
+        """Read the answers so far, in a journal to be closed; HaclError if they are of other settings (the model's)."""
         old = check_settings(self.folder / "settings.json", settings | self.settings)
         here = os.path.abspath(self.args.images)
         if old.get("images", here) != here:  # moved, mostly; but these may be others under the same names
@@ -73,6 +73,7 @@ class Task:
                 f"{here}; they are kept. If these are other images, choose another --output."
             )
         self.journal = Answers(self.folder / "answers.jsonl", "question_id")
+        return self.journal
 
     def pending(self) -> list[Question]:
         """The questions of this run that have no answer yet."""
@@ -130,11 +131,8 @@ class Task:
         """
         endpoint = judge.endpoint
         who = {"judge": endpoint.model, "url": endpoint.url, "rubric": digest(judge.rubric)}
-        journal = Answers(self.folder / "judgements.jsonl", "question_id", *who, "answer")
         answers = {q.id: self.journal.lines[q.id].get("text") for q in self.asked}
         keys = {i: (i, *who.values(), answer) for i, answer in answers.items() if answer is not None}
-        todo = [q for q in self.asked if q.id in keys and "verdict" not in journal.lines.get(keys[q.id], ())]
-        endpoint.known = any("verdict" in line for line in journal.lines.values())
         ask = functools.partial(endpoint.ask, max_tokens=_JUDGEMENT)
 
         def lines():
@@ -143,15 +141,15 @@ class Task:
                 said = {"error": f"no verdict from the judge: {verdict}"} if failed else {"verdict": verdict}
                 yield {"question_id": q.id, **who, "answer": answers[q.id], **said}
 
-        try:
+        with Answers(self.folder / "judgements.jsonl", "question_id", *who, "answer") as journal:
+            endpoint.known = any("verdict" in line for line in journal.lines.values())
+            todo = [q for q in self.asked if q.id in keys and "verdict" not in journal.lines.get(keys[q.id], ())]
             self._write_down(lines(), journal, f"judging {self.name}", len(todo), len(keys))
-        finally:
-            journal.close()
         journal.sort(keys.values())
         found = {i: journal.lines[key] for i, key in keys.items()}
         return {i: line.get("verdict") or {"error": line["error"]} for i, line in found.items()}
 
-    def finish(self, model: str, judge: Judge | None) -> None:
+    def finish(self, model: str, judge: Judge | None = None) -> None:
         """Score the answers, by the judge where it takes one; write items.jsonl and results.json."""
         of, args = self.benchmark, self.args
         self.journal.sort(q.id for q in of.questions)
@@ -160,13 +158,12 @@ class Task:
         for q in self.asked:
             line = self.journal.lines[q.id]
             item = {"id": q.id, "image": q.image, "question": q.text}
-            if "label" in q.facts:
-                item["label"] = q.facts["label"]
+            item |= {name: value for name, value in q.facts.items() if name == "label"}
             if "text" in line:
-                item["answer"] = line["text"]
-                items.append(item | (verdicts.get(q.id) or of.score(q, line["text"])))
+                item |= {"answer": line["text"], **(verdicts.get(q.id) or of.score(q, line["text"]))}
             else:
-                items.append(item | {"error": line["error"]})
+                item["error"] = line["error"]
+            items.append(item)
         sums = Counter()
         for item in items:
             sums.update(item.get("counts", {}))

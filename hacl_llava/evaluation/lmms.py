@@ -95,9 +95,14 @@ class HaclLlava(lmms):
 
         def rows():  # images are read when their batch's turn comes
             for _, limit, index, ids in asked:
-                *_, doc, task, _ = requests[index].args
-                where = f"task {task}, document {doc}"
-                image = self._image(requests[index], where)
+                _, _, images_of, doc, task, split = requests[index].args
+                where, images = f"task {task}, document {doc}", images_of(self.task_dict[task][split][doc]) or []
+                if len(images) != 1 or not hasattr(images[0], "convert"):
+                    raise HaclError(
+                        f"{where}: comes with {len(images)} images or with another medium; this model takes tasks of "
+                        "one image per question."
+                    )
+                image = images[0].convert("RGB")
                 pixels = process_images([image], self.answerer.image_processor, self.answerer.model.config)[0]
                 try:
                     yield self.answerer.row(index, ids, pixels, image.size, limit)
@@ -109,16 +114,6 @@ class HaclLlava(lmms):
         for answer in tqdm(found, total=len(requests), desc="hacl_llava", disable=self.rank != 0):
             answers[answer.question] = answer.text
         return answers
-
-    def _image(self, request, where):
-        _, _, images_of, doc, task, split = request.args
-        images = images_of(self.task_dict[task][split][doc]) or []
-        if len(images) != 1 or not hasattr(images[0], "convert"):
-            raise HaclError(
-                f"{where}: comes with {len(images)} images or with another medium; this model takes tasks of one image "
-                "per question."
-            )
-        return images[0].convert("RGB")
 
     def loglikelihood(self, requests: "list[Instance]") -> NoReturn:
         """Not there: ``NotImplementedError``."""
