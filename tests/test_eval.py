@@ -87,16 +87,27 @@ def questions():
     return [Question(str(i), f"{i % 12}.png", TEXTS[i % len(TEXTS)], {}) for i in range(24)]
 
 
-@pytest.fixture
-def pope(tmp_path, questions):
-    """A question file in POPE's format; its ids, images and texts are those of ``questions``."""
-    path = tmp_path / "coco_pope_random.json"
+def write_pope(path, questions):
+    """A question file in POPE's format."""
     lines = [
         {"question_id": int(q.id), "image": q.image, "text": q.text, "label": ("yes", "no")[int(q.id) % 2]}
         for q in questions
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture
+def pope(tmp_path, questions):
+    return write_pope(tmp_path / "coco_pope_random.json", questions)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, images, questions, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(checkpoint, write_pope(folder / "coco_pope_random.json", questions), images, folder / "out") == 0
+    return folder / "out"
 
 
 @pytest.fixture
@@ -316,6 +327,10 @@ def figures(output):
     return found
 
 
+def result_of(output, task="pope-coco-random"):
+    return json.loads((output / task / "results.json").read_text())
+
+
 def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -331,12 +346,8 @@ def test_a_run_writes_answers_items_results_and_asks_nothing_twice(
     assert [a["question_id"] for a in answers] == [i["id"] for i in items] == [q.id for q in questions]
     assert set(answers[0]) == {"question_id", "image", "prompt", "text", "model_id"}
     assert answers[0]["model_id"] == "llava-v1.5-mini" and answers[0]["prompt"].startswith(questions[0].text)
-    assert (
-        items[0]["answer"] == answers[0]["text"]
-        and items[0]["label"] == "yes"
-        and items[0]["counts"]["correct"] in (0, 1)
-    )
-    result = json.loads((folder / "results.json").read_text())
+    assert items[0]["answer"] == answers[0]["text"] and items[0]["label"] == "yes"
+    result = result_of(out)
     assert result["task"] == "POPE coco random" and result["kind"] == "pope" and result["model"] == "llava-v1.5-mini"
     assert result["counts"]["questions"] == result["counts"]["scored"] == 24 and result["counts"]["failed"] == 0
     right = sum(item["counts"]["correct"] for item in items) / 24
@@ -356,9 +367,9 @@ def test_a_run_writes_answers_items_results_and_asks_nothing_twice(
 
 
 @pytest.mark.parametrize("lost", ["half a line", "some lines", "not sorted"])
-def test_a_run_that_was_killed_goes_on_to_the_same_files(checkpoint, pope, images, tmp_path, capsys, lost):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert run(checkpoint, pope, images, whole) == run(checkpoint, pope, images, out) == 0
+def test_a_run_that_was_killed_goes_on_to_the_same_files(checkpoint, pope, images, tmp_path, capsys, lost, whole):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
     for name in ("evaluation.json", "results.md", "pope-coco-random/results.json", "pope-coco-random/items.jsonl"):
         (out / name).unlink()
     path = out / "pope-coco-random/answers.jsonl"
@@ -372,17 +383,17 @@ def test_a_run_that_was_killed_goes_on_to_the_same_files(checkpoint, pope, image
     assert figures(out) == figures(whole)
 
 
-def test_a_limit_draws_questions_and_the_same_command_without_it_goes_on(checkpoint, pope, images, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
+def test_a_limit_draws_questions_and_the_same_command_without_it_goes_on(checkpoint, pope, images, tmp_path, whole):
+    out = tmp_path / "out"
     assert run(checkpoint, pope, images, out, "--limit", 6) == 0
     items = lines_of(out / "pope-coco-random/items.jsonl")
-    assert len(items) == 6 and [i["id"] for i in items] != [str(i) for i in range(6)]
-    assert json.loads((out / "pope-coco-random/results.json").read_text())["counts"]["questions"] == 6
-    assert run(checkpoint, pope, images, out) == run(checkpoint, pope, images, whole) == 0
+    assert len(items) == result_of(out)["counts"]["questions"] == 6
+    assert [i["id"] for i in items] != [str(i) for i in range(6)]
+    assert run(checkpoint, pope, images, out) == 0
     assert figures(out) == figures(whole)
 
 
-def test_images_that_cannot_be_read_are_counted_and_tried_again(checkpoint, pope, images, tmp_path, capsys):
+def test_images_that_cannot_be_read_are_counted_and_tried_again(checkpoint, pope, images, tmp_path, capsys, whole):
     here, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(images, here)
     (here / "3.png").write_bytes((images / "3.png").read_bytes()[:200])
@@ -393,17 +404,15 @@ def test_images_that_cannot_be_read_are_counted_and_tried_again(checkpoint, pope
     folder = out / "pope-coco-random"
     failed = [a for a in lines_of(folder / "answers.jsonl") if "error" in a]
     assert [a["question_id"] for a in failed] == ["3", "4", "15", "16"] and not any("text" in a for a in failed)
-    assert [i["id"] for i in lines_of(folder / "items.jsonl") if "counts" not in i and i["error"]] == [
-        a["question_id"] for a in failed
-    ]
-    counts = json.loads((folder / "results.json").read_text())["counts"]
-    assert (counts["failed"], counts["scored"]) == (4, 20)
+    items = lines_of(folder / "items.jsonl")
+    assert [i["id"] for i in items if "counts" not in i and i["error"]] == ["3", "4", "15", "16"]
+    assert (result_of(out)["counts"]["failed"], result_of(out)["counts"]["scored"]) == (4, 20)
     assert run(checkpoint, pope, here, out) == 0  # what is left to ask cannot be read, all of it
     assert figures(out) == first
     for name in ("3.png", "4.png"):
         shutil.copy(images / name, here)
-    assert run(checkpoint, pope, here, out) == run(checkpoint, pope, images, tmp_path / "whole") == 0
-    found, want = figures(out), figures(tmp_path / "whole")
+    assert run(checkpoint, pope, here, out) == 0
+    found, want = figures(out), figures(whole)
     for of in (found, want):
         of.pop("pope-coco-random/settings.json")
         of["pope-coco-random/results.json"].pop("images")
@@ -505,7 +514,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(checkpoint, pope, image
     assert not list(out.rglob("*.jsonl"))
 
 
-def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, monkeypatch, whole):
     append = journal.Answers.append
 
     def interrupted(self, line):
@@ -518,8 +527,8 @@ def test_ctrl_c_keeps_what_there_is(checkpoint, pope, images, tmp_path, capsys, 
         assert run(checkpoint, pope, images, tmp_path / "out") == 130
     assert "stopped; answers so far are in" in capsys.readouterr().err
     assert len(lines_of(tmp_path / "out/pope-coco-random/answers.jsonl")) == 7
-    assert run(checkpoint, pope, images, tmp_path / "out") == run(checkpoint, pope, images, tmp_path / "whole") == 0
-    assert figures(tmp_path / "out") == figures(tmp_path / "whole")
+    assert run(checkpoint, pope, images, tmp_path / "out") == 0
+    assert figures(tmp_path / "out") == figures(whole)
 
 
 def test_a_models_name():
@@ -568,14 +577,12 @@ def test_a_damaged_journal_is_not_guessed_at(tmp_path):
         assert path.read_text() == text
 
 
-def test_other_kinds_of_checkpoint(mini, checkpoint, pope, images, tmp_path, capsys):
+def test_other_kinds_of_checkpoint(mini, checkpoint, pope, images, tmp_path, capsys, whole):
     from hacl_llava.checkpoint import export_to_hf
 
     export_to_hf(checkpoint, tmp_path / "hf")
     assert run(tmp_path / "hf", pope, images, tmp_path / "out-hf") == 0
-    assert run(checkpoint, pope, images, tmp_path / "out") == 0
-    texts = [[a["text"] for a in lines_of(o / "pope-coco-random/answers.jsonl")]
-             for o in (tmp_path / "out", tmp_path / "out-hf")]  # fmt: skip
+    texts = [[a["text"] for a in lines_of(o / "pope-coco-random/answers.jsonl")] for o in (whole, tmp_path / "out-hf")]
     assert texts[0] == texts[1]
     model, _ = load(mini, stock=True)
     projector = tmp_path / "llava-pretrain"
@@ -704,55 +711,35 @@ def test_a_model_behind_an_endpoint(pope, images, tmp_path, key, capsys):
     no_key_anywhere(tmp_path, *capsys.readouterr())
 
 
-def test_what_an_endpoint_does_not_answer(pope, images, tmp_path, key, capsys):
+def test_what_an_endpoint_does_not_answer_is_counted(pope, images, tmp_path, key, capsys):
     seen = {}
 
     def behave(body, number):
-        if body.get("max_tokens"):
-            return error(400, "Use 'max_completion_tokens' instead.", param="max_tokens")
-        if "temperature" in body:
-            return error(400, "'temperature' does not support 0 with this model.")
         text = json.dumps(body["messages"])
         with server.lock:
             at = seen.setdefault(text, len(seen) % 6)
         if at == 0:
             return error(400, f"{KEY} flagged by the content policy", code="content_filter")
-        if at == 1:
-            return completion(None, refusal="no")
-        if at == 2:
-            return error(500, "broken")
-        if at == 3:
-            return 200, {"hello": 1}
-        return "yes"
+        return completion(None, refusal="no") if at == 1 else error(500, "broken") if at == 2 else "yes"
 
     with Server(behave) as server:
         assert ask_api(server, pope, images, tmp_path / "out", "--concurrency", 2) == 0
     out, err = capsys.readouterr()
     items = lines_of(tmp_path / "out/pope-coco-random/items.jsonl")
     failed = [item["error"] for item in items if "counts" not in item]
-    assert len(failed) == 16 and len(items) == 24 and "16 questions failed" in err
-    for pattern in ("content policy", "500: broken", "no chat completion"):
-        assert sum(pattern in reason for reason in failed) >= 4, pattern
-    assert err.count("going on with max_completion_tokens") == 1 == err.count("going on with no temperature")
+    assert len(failed) == 12 and len(items) == 24 and "12 questions failed" in err
+    assert sum("content policy" in reason for reason in failed) == 8
+    assert sum("500: broken" in reason for reason in failed) == 4
+    assert err.count("POPE coco random, question") == 10 and "(no more of these are shown)" in err
     no_key_anywhere(tmp_path, out, err)
 
 
-@pytest.mark.parametrize(
-    "answer, pattern",
-    [
-        (error(401, f"Incorrect API key provided: {KEY}"), "refuses the key .*MY_KEY"),
-        (error(404, "The model gpt-x does not exist"), "does not know the model 'gpt-x'"),
-        (error(429, "no more", code="insufficient_quota"), "no credit is left"),
-    ],
-)
-def test_an_endpoint_that_ends_the_run(pope, images, tmp_path, key, capsys, answer, pattern):
+def test_an_endpoint_that_ends_the_run(pope, images, tmp_path, key, capsys):
+    answer = error(429, f"no more {KEY}", code="insufficient_quota")
     with Server(lambda body, number: "yes" if number <= 5 else answer) as server:
-        status = ask_api(server, pope, images, tmp_path / "out", "--concurrency", 1)
-    captured = capsys.readouterr()
-    assert status == 2 and re.search(pattern, captured.err), captured.err
-    assert len(captured.err.split("error: ")[-1].splitlines()) == 1
+        refused(capsys, ask_api(server, pope, images, tmp_path / "out", "--concurrency", 1), "no credit is left")
     assert len(lines_of(tmp_path / "out/pope-coco-random/answers.jsonl")) == 5
-    no_key_anywhere(tmp_path, *captured)
+    no_key_anywhere(tmp_path)
     with Server(lambda body, number: "yes") as server:  # another address is another endpoint
         refused(capsys, ask_api(server, pope, images, tmp_path / "out"), "base_url was")
 
