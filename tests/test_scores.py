@@ -533,6 +533,12 @@ def test_chair_refuses_bad_lists(tmp_path, text, message):
         chair.read_synonyms(tmp_path / "list.txt")
 
 
+def test_chair_takes_a_list_in_the_form_of_its_own(tmp_path):
+    (tmp_path / "list.txt").write_text("# dogs\n> toy dog = dog\n- hot dog\n~ tan\ndog: puppy, tan,\n  hound\n")
+    words = chair.read_synonyms(tmp_path / "list.txt")
+    assert named("a toy dog, a hot dog, hounds and a tan shirt", words) == ["dog", "dog"]
+
+
 sentences = st.lists(
     st.builds(
         "There is {} {} with {} {}.".format,

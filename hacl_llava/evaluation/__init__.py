@@ -1,7 +1,8 @@
 """Evidence: evaluation on the field's benchmarks, pictures of representations, and a report of both.
 
-A task (`pope`, `chair`, `amber`, `mmhal`) reads `Question` items and scores answers into counts, whose sums give every
-metric; `answers` asks a checkpoint or an endpoint; `analyze` looks at representations; `report` puts runs side by side.
+A benchmark (`pope`, `chair`, `amber`, `mmhal`) reads `Question` items and scores answers into counts, whose sums give
+every metric; `engine` asks for what is missing, through `answers` (a checkpoint) or `endpoint`, and scores it;
+`analyze` looks at representations; `report` puts runs side by side.
 """
 
 from typing import NamedTuple
