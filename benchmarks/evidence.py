@@ -9,6 +9,7 @@ Everything goes through the commands a 7B run goes through: scripts/pretrain_hac
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hacl_llava.common.report import data_uri
 from hacl_llava.demo import SETTINGS
 from hacl_llava.miniature import models, world
 
@@ -65,6 +67,18 @@ def train(script, output, data, folder, more):
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     run(script, *(x for pair in flags.items() for x in pair), log=f"{output}.log")
+
+
+def copy_report(source, target):
+    """Copy a report to docs/, its page as a report.md of HTML, which GitHub shows, with the pictures beside it."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.html"))
+    page = re.search("<body>(.*)</body>", (source / "report.html").read_text(), re.DOTALL)[1]
+    for picture in [*source.glob("*.png"), *source.glob("*.jpg")]:
+        page = page.replace(data_uri(picture), picture.name)
+    (target / "report.md").write_text("\n".join(filter(str.strip, page.split("\n"))) + "\n")  # an empty line ends HTML
+    for path in [*target.glob("*.json"), *target.glob("*.md")]:  # no place of this machine
+        path.write_text(path.read_text().replace(f"{ROOT}/", ""))
 
 
 def main():
@@ -125,11 +139,7 @@ def main():
     )
     if args.docs:
         for source in (folder / "analysis", folder / "report"):
-            target = ROOT / args.docs / source.name
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.html"))
-            for path in [*target.glob("*.json"), *target.glob("*.md")]:  # no place of this machine
-                path.write_text(path.read_text().replace(f"{ROOT}/", ""))
+            copy_report(source, ROOT / args.docs / source.name)
 
 
 if __name__ == "__main__":

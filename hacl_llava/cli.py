@@ -198,7 +198,7 @@ def _parser():
         report,
         help="one page that puts runs side by side",
         description="Training curves, evaluations with intervals and paired tests, figures of analyses, and images "
-        "with the answers of both models where they differ, on one page: report.html, report.md and report.json.",
+        "with the answers of both models where they differ, on one page: report.html, and report.json.",
     )
 
     command = commands.add_parser(

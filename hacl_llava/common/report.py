@@ -1,14 +1,13 @@
-"""Reports: blocks as one self-contained HTML page and as Markdown with its pictures beside it; the style of pictures.
+"""Reports: HTML pages in one file, Markdown from blocks, the words for numbers on both, the style of pictures.
 
-Blocks: ``("heading", level, text)``, ``("text", text)``, ``("list", texts)``, ``("code", text)``,
-``("picture", file, what it shows)``, ``("figure", file, what it shows)`` that says so below it, ``("table", head,
-rows)``, ``("gallery", cards)`` of `Card`. All texts are plain: whatever an answer holds is shown, not interpreted.
+Whatever an answer or a name holds is shown, not interpreted.
 """
 
 import base64
 import functools
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import re
@@ -16,9 +15,9 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .files import write_bytes
@@ -34,19 +33,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
-
-
-class Card(NamedTuple):
-    """A picture with lines below it.
-
-    ``picture``: its file, or None. ``what``: it shows, or why there is none. ``name``: stands first, small. ``lines``:
-    [(name, text, note)], the note in brackets unless it is empty.
-    """
-
-    picture: str | None
-    what: str
-    name: str
-    lines: list[tuple[str, str, str]]
 
 
 # ---- words
@@ -66,6 +52,29 @@ def as_words(value: Any) -> str:
         return ", ".join(map(as_words, value))
     text = f"{value:.6g}" if isinstance(value, float) else str(value).strip()
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1…", text)  # of a digest or commit the beginning will do
+
+
+def is_number(value: Any) -> bool:
+    """Whether a json value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def figure(entry: Mapping[str, Any] | None, key: str = "value") -> str:
+    """A figure with its interval, in words.
+
+    Args:
+        entry: {key: number, "interval": [low, high]}; either may be unknown. key: "difference" is shown with its sign.
+    """
+    if entry is None or not is_number(entry[key]):
+        return "-" if entry is None else "undefined"
+    sign, interval = "+" if key == "difference" else "", entry.get("interval") or [None]
+    known = all(map(is_number, interval))
+    return f"{entry[key]:{sign}.3f}" + (" [{:{s}.3f}, {:{s}.3f}]".format(*interval, s=sign) if known else "")
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 question``, ``2 questions``."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def version(distribution: str) -> str | None:
@@ -126,35 +135,41 @@ def _template(name):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(literal=literal, literal_line=literal_line)
+    templates.filters.update(
+        literal=literal, literal_line=literal_line, words=as_words, figure=figure, counted=counted, shorten=shorten
+    )
     templates.globals["table"] = table
     return templates.get_template(name)
 
 
-def _padded(blocks):
-    return [(*block, None)[:3] for block in blocks]
+def data_uri(path: str | os.PathLike) -> str:
+    """A JPEG or PNG file as an address that holds the picture itself."""
+    kind = "jpeg" if Path(path).suffix == ".jpg" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
-def as_html(blocks: Iterable[tuple], title: str, output: str | os.PathLike) -> str:
-    """The page as one HTML file that needs no other: pictures of the folder ``output`` as data URIs, no script.
+def as_html(body: str, found: Mapping[str, Any], output: str | os.PathLike, **more: Any) -> str:
+    """A page as one HTML file that needs no other, with no script.
 
     Args:
-        blocks: as above. title: of the page. output: where the files of pictures lie.
+        body: the template of what it says. found: a report's dict, whose keys, "title" among them, are the template's
+            names. output: the folder of its pictures. more: what else the template uses.
 
     Raises:
         OSError: a picture cannot be read.
     """
-
-    def data_uri(file):
-        kind = "jpeg" if file.endswith(".jpg") else "png"
-        return f"data:image/{kind};base64,{base64.b64encode((Path(output) / file).read_bytes()).decode()}"
-
-    return _template("page.html.j2").render(blocks=_padded(blocks), title=title, data_uri=data_uri) + "\n"
+    names = {**found, **more, "body": body, "data_uri": lambda file: data_uri(Path(output) / file)}
+    return _template("page.html.j2").render(names) + "\n"
 
 
 def as_markdown(blocks: Iterable[tuple]) -> str:
-    """The page as Markdown; its pictures lie beside it."""
-    return _template("page.md.j2").render(blocks=_padded(blocks)).strip("\n") + "\n"
+    """A page as Markdown.
+
+    Args:
+        blocks: ``("heading", level, text)``, ``("text", text)``, ``("code", text)``, ``("picture", file, what it
+            shows)``, whose file lies beside the page, or ``("table", head, rows)``.
+    """
+    return _template("page.md.j2").render(blocks=[(*block, None)[:3] for block in blocks]).strip("\n") + "\n"
 
 
 # ---- pictures

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_json, write_text
-from ..common.report import as_html, as_markdown, provenance
+from ..common.files import finite, write_json, write_text
+from ..common.report import as_html, provenance
 from ..config import HaclError
 
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}  # how `figures` brings representations to two dimensions
@@ -150,13 +150,14 @@ def analyze(args: argparse.Namespace) -> int:
     analysis["figures"] = figures.draw(out, found, analysis, SPACES, methods, args.seed)
     analysis["provenance"] = provenance(args.seed)
     analysis["findings"] = findings(analysis)
+    analysis = finite(analysis)
     write_json(out / "analysis.json", analysis)
-    blocks = list(_page(analysis))
-    write_text(out / "report.md", as_markdown(blocks))
-    write_text(out / "report.html", as_html(blocks, blocks[0][2], out))
+    title = f"Representations: {', '.join(names)}"
+    words = {"title": title, "labels": LABELS, "space_titles": SPACES}
+    write_text(out / "report.html", as_html("analysis.html.j2", analysis, out, **words))
     for group in analysis["findings"]:
         print("\n- ".join([f"{group['title']}:", *group["lines"]]) + "\n")
-    print(f"{out / 'report.html'}: written, with report.md, analysis.json and {len(analysis['figures'])} pictures.")
+    print(f"{out / 'report.html'}: written, with analysis.json and {len(analysis['figures'])} pictures.")
     return 0
 
 
@@ -269,116 +270,3 @@ def findings(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
             )
         groups.append({"title": f"{second} against {first}", "lines": lines})
     return groups
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def _page(analysis):
-    """The report as blocks of `common.report`."""
-    data, made = analysis["data"], analysis["provenance"]
-    yield "heading", 1, f"Representations: {', '.join(model['name'] for model in analysis['models'])}"
-    yield (
-        "text",
-        "Global representations as HACL contrasts them (arXiv 2312.06968, Figure 1): the last layer's state, after "
-        "the final norm, at EOS of three separate sequences: an image, its caption, a hallucinated caption. "
-        f"{'BOS stands' if analysis['visual_bos'] else 'No BOS stands'} before the image. {data['used']} records, "
-        f"{data['with_hallucinated']} of them with hallucinated captions ({data['hallucinated']} in all).",
-    )
-    yield "heading", 2, "What differs, and what does not"
-    for group in analysis["findings"]:
-        yield "heading", 3, group["title"]
-        yield "list", group["lines"]
-    yield (
-        "text",
-        "Intervals are of 95 %, from a bootstrap over images (2000 samples): how far the figures would move with "
-        "other images of the same kind. They say nothing of another training run, and are not corrected for how "
-        "many there are: of twenty differences that are none, one is expected to look like one. A share of 0 or 1 "
-        "has an interval without width; of n images, up to about 3 / n may still be otherwise.",
-    )
-    yield "heading", 2, "Pictures"
-    yield (
-        "text",
-        "All is on unit norm, since cosines are contrasted. Nothing is centred, but PCA shows points about their "
-        "common mean. PCA shows two dimensions of many: what lies apart there is apart, what lies together may not "
-        "be. t-SNE keeps neighbours; its distances between groups and its axes mean nothing.",
-    )
-    for figure in analysis["figures"]:
-        yield "figure", figure["file"], f"{figure['title']}: {figure['note']}."
-    for space in SPACES:
-        yield from _page_numbers(analysis, space)
-    yield (
-        "text",
-        "In retrieval a tie counts as a mistake, and a caption of the same text or image as right; the interval is "
-        "over queries, among these candidates.",
-    )
-    yield from _page_data(data)
-    yield "heading", 2, "Settings"
-    head = ("model", "checkpoint", "base", "dtype", "heads", "captions cut")
-    rows = [
-        (
-            m["name"],
-            m["checkpoint"],
-            m["base"] or "",
-            m["dtype"],
-            "yes" if "head" in m["spaces"] else "no",
-            m["texts_cut"],
-        )
-        for m in analysis["models"]
-    ]
-    yield "table", head, rows
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
-    yield "text", f"{versions}; seed {made['seed']}" + (f"; commit {made['commit']}" if made["commit"] else "") + "."
-    yield "code", made["command"]
-
-
-def _page_numbers(analysis, space):
-    here = [model for model in analysis["models"] if space in model["spaces"]]
-    if not here:
-        return
-    changes = [c for c in analysis["comparisons"] if space in c["spaces"]]
-    if len(changes) > 3:
-        changes = [c for c in changes if c["first"] == here[0]["name"]]
-    columns = [(m["spaces"][space], "value") for m in here] + [(c["spaces"][space], "difference") for c in changes]
-
-    def row(label, chance, part, name):
-        return (label, chance, *(_cell(found[part].get(name), key) for found, key in columns))
-
-    head = ("chance", *(m["name"] for m in here), *(f"{c['second']} - {c['first']}" for c in changes))
-    rows = []
-    for name, (label, meaning) in LABELS.items():
-        values = [x for m in here if (x := m["spaces"][space]["measures"].get(name))]
-        if values:
-            chance = next((_number(x["chance"]) for x in values if "chance" in x), "")
-            rows.append(row(f"{label}: {meaning}", chance, "measures", name))
-    yield "heading", 2, f"Numbers: {SPACES[space]}"
-    yield "table", ("measure", *head), rows
-    if kinds := here[0]["spaces"][space]["closer_to_true_by_kind"]:
-        yield "text", "Closer to true, by kind of hallucination:"
-        part = "closer_to_true_by_kind"
-        rows = [row(f"{kind} ({x['count']} pairs)", "0.500", part, kind) for kind, x in kinds.items()]
-        yield "table", ("kind", *head), rows
-
-
-def _page_data(data):
-    yield "heading", 2, "Data"
-    rows = [
-        ("records", data["records"]),
-        ("without image or caption, or not LLaVA's", data["unusable"]),
-        ("drawn", f"{data['sampled']} (limit {data['limit']}, seed {data['seed']})"),
-        ("images that cannot be read", data["unreadable_images"]),
-        ("used, the same for every model", data["used"]),
-    ]
-    rows += [(f"hallucinated captions: {kind}", n) for kind, n in sorted(data["kinds"].items())]
-    yield "table", ("file", data["file"]), rows
-    if skipped := data["skipped"]:
-        more = len(skipped) - _NAMED
-        yield "text", "Left out:"
-        yield "list", skipped[:_NAMED] + ([f"{more} more, in analysis.json"] if more > 0 else [])
-
-
-def _cell(x, key):
-    if not x:
-        return "-"
-    sign = "+" if key == "difference" and x[key] > 0 else ""
-    return f"{sign}{_number(x[key])}{_range(x)}"
