@@ -361,7 +361,10 @@ def test_damaged_files_are_named_and_not_fatal(tmp_path, two, capsys):
     assert "3 of its lines are no whole item" in reasons[str(plain / "pope" / "items.jsonl")]
     assert "2 answers but no results.json" in reasons[str(going)]
     assert "half-written or damaged" in reasons[str(hacl / "half" / "results.json")]
-    assert "is not one that `hacl-llava eval` wrote (no task, kind" in reasons[str(hacl / "other" / "results.json")]
+    assert (
+        "is not one that `hacl-llava eval` wrote (missing or of another type: task, kind"
+        in reasons[str(hacl / "other" / "results.json")]
+    )
     assert "expected an object" in reasons[str(hacl / "list" / "results.json")]
     second = {n for n in reasons if "is a second result" in reasons[n]}
     assert second == {str(hacl / "pope" / "results.json")}  # 'again' comes before it
@@ -467,12 +470,15 @@ def test_analysis(tmp_path, two):
     Image.new("RGB", (4, 4)).save(folder / "pca.png")
     entry = {"value": 0.7, "interval": [0.6, 0.8]}
     gap = {"value": 1.5, "interval": [None, None]}
-    space = {"measures": {"gap": gap, "recall@1": {**entry, "chance": 0.01}}}
+    space = {"measures": {"modality_gap": gap, "image_to_text_r1": {**entry, "chance": 0.01}}}
     space["closer_to_true_by_kind"] = {"attribute": {**entry, "count": 40}}
     models = [{"name": n, "checkpoint": n, "spaces": {"llm": space}} for n in ("plain", "hacl|")]
     figures = [{"file": "pca.png", "title": "PCA <1>"}, {"file": "../gone.png", "title": "gone"}]
     analysis = {"models": models, "figures": figures, "data": {}, "provenance": {}}
-    change = {"measures": {"gap": {"difference": -0.5, "interval": [-0.6, -0.4]}}, "closer_to_true_by_kind": {}}
+    change = {
+        "measures": {"modality_gap": {"difference": -0.5, "interval": [-0.6, -0.4]}},
+        "closer_to_true_by_kind": {},
+    }
     analysis["findings"] = [{"title": "Each against chance", "lines": ["plain: above chance."]}]
     analysis["comparisons"] = [{"first": "plain", "second": "hacl|", "spaces": {"llm": change}}]
     (folder / "analysis.json").write_text(json.dumps(analysis))
@@ -484,8 +490,8 @@ def test_analysis(tmp_path, two):
         "Each against chance</h3>",
         "<li>plain: above chance.</li>",
         "PCA &lt;1&gt;",
-        "0.700 [0.600, 0.800] (chance 0.010)",
-        "n = 40",
+        "<td>0.010</td><td>0.700 [0.600, 0.800]</td>",
+        "attribute (40 pairs)",
         "gone: left out",
     ):
         assert words in page, words

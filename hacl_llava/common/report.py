@@ -159,7 +159,11 @@ def as_html(body: str, found: Mapping[str, Any], output: str | os.PathLike, **mo
         OSError: a picture cannot be read.
     """
     names = {**found, **more, "body": body, "data_uri": lambda file: data_uri(Path(output) / file)}
-    return _template("page.html.j2").render(names) + "\n"
+    # A page can hold no control characters; half a surrogate pair is seen to by `write_text`.
+    return (
+        re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", _template("page.html.j2").render(names))
+        + "\n"
+    )
 
 
 def as_markdown(blocks: Iterable[tuple]) -> str:
@@ -209,7 +213,7 @@ def pyplot() -> "ModuleType":
 
 def plain(text: str) -> str:
     """Text that matplotlib draws as it is: no mathematics between $, no name hidden from a legend for its first _."""
-    text = text.replace("$", r"\$")
+    text = text.encode("utf-8", "replace").decode().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

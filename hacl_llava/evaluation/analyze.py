@@ -38,95 +38,66 @@ _SPOKEN = ("modality_gap", "alignment", "image_to_text_r1", "text_to_image_r1", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``hacl-llava analyze`` to an argparse parser."""
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or hub id; one to four")
-    parser.add_argument("--data", metavar="JSON", required=True, help="LLaVA-format json with hallucinated_captions")
-    parser.add_argument("--images", metavar="DIR", required=True, help="the folder that its images are relative to")
-    parser.add_argument("--output", metavar="OUT", required=True, help="folder to write")
-    parser.add_argument(
-        "--base",
-        metavar="LLM",
-        action="append",
-        help="the language model of projectors or LoRAs; once for all, or once for each checkpoint in order",
-    )
-    parser.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
-    parser.add_argument(
-        "--name", metavar="NAME", action="append", help="of a checkpoint in the pictures, once for each in order"
-    )
-    parser.add_argument("--limit", type=int, default=1000, help="records, drawn at random (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw and the pictures (default: %(default)s)")
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=["pca", "tsne"],
-        help="pictures to draw (default: both)",
-    )
-    parser.add_argument(
-        "--visual-bos",
-        choices=("true", "false"),
-        help="BOS before the image (default: as the checkpoints were trained, else true)",
-    )
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    parser.add_argument("--bits", type=int, choices=(4, 8), help="load the language model quantized")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, auto (default: a GPU where there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), help="(default: float16 on a GPU, else float32)"
-    )
+    add = parser.add_argument
+    add("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or hub id; one to four")
+    add("--data", metavar="JSON", required=True, help="LLaVA-format json with hallucinated_captions")
+    add("--images", metavar="DIR", required=True, help="the folder that its images are relative to")
+    add("--output", metavar="OUT", required=True, help="folder to write")
+    what = "the language model of projectors or LoRAs; once for all, or once for each checkpoint in order"
+    add("--base", metavar="LLM", action="append", help=what)
+    add("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
+    what = "of a checkpoint in the pictures, once for each in order"
+    add("--name", metavar="NAME", action="append", help=what)
+    add("--limit", type=int, default=1000, help="records, drawn at random (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the draw and the pictures (default: %(default)s)")
+    add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="pictures to draw (default: both)")
+    what = "BOS before the image (default: as the checkpoints were trained, else true)"
+    add("--visual-bos", choices=("true", "false"), help=what)
+    add("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
+    add("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    add("--bits", type=int, choices=(4, 8), help="load the language model quantized")
+    add("--device", help="cpu, cuda, cuda:1, auto (default: a GPU where there is one)")
+    types = ("float16", "bfloat16", "float32")
+    add("--dtype", choices=types, help="(default: float16 on a GPU, else float32)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command.
-
-    Returns:
-        0.
+    """Represent, measure, draw and write; what was represented before is taken from its file. Returns 0.
 
     Raises:
-        HaclError: as `analyze`, or the disk says no.
+        HaclError: an argument, the data or a checkpoint cannot be used, or the disk says no. ImportError: the extra
+            [plot] is missing.
     """
     try:
-        return analyze(args)
+        analysis = analyze(args)
     except OSError as error:
         where = error.filename or args.output
         raise HaclError(f"{where}: {error.strerror or error}; the same command goes on from there.") from None
+    for group in analysis["findings"]:
+        print("\n- ".join([f"{group['title']}:", *group["lines"]]) + "\n")
+    page = Path(args.output) / "report.html"
+    print(f"{page}: written, with analysis.json and {len(analysis['figures'])} pictures.")
+    return 0
 
 
-def analyze(args: argparse.Namespace) -> int:
-    """Represent, measure, draw and write; what was represented before is taken from its file.
-
-    Args:
-        args: the command line, as `add_arguments` reads it.
-
-    Returns:
-        0.
-
-    Raises:
-        HaclError: an argument, the data or a checkpoint cannot be used.
-        ImportError: the extra [plot] is missing.
-    """
+def analyze(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that `main` does but speak of it; returns what analysis.json holds."""
     from . import figures, measures
 
     names, bases = _check(args)
-    methods = list(dict.fromkeys(args.method))
     figures.need()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     from . import representations
 
     items, counts, skipped = representations.sample_records(args.data, args.limit, args.seed)
-    if args.visual_bos is None:
-        bos = representations.common_visual_bos(args.checkpoints)
-    else:
-        bos = args.visual_bos == "true"
-    out = Path(args.output)
+    bos = args.visual_bos == "true" if args.visual_bos else representations.common_visual_bos(args.checkpoints)
+    out, found = Path(args.output), []
     out.mkdir(parents=True, exist_ok=True)
-    options = {"device": args.device, "dtype": args.dtype, "bits": args.bits, "vision_tower": args.vision_tower}
-    found = []
+    how = {"visual_bos": bos, "batch_size": args.batch_size, "workers": args.workers}
+    how["options"] = {key: getattr(args, key) for key in ("device", "dtype", "bits", "vision_tower")}
     for name, path, base in zip(names, args.checkpoints, bases):
         file = out / f"representations-{slug(name)}.safetensors"
-        x, cached = representations.represent(
-            path, base, items, counts["sha256"], args.images, file, visual_bos=bos, label=name, options=options,
-            batch_size=args.batch_size, workers=args.workers,
-        )  # fmt: skip
+        x, cached = representations.represent(path, base, items, counts["sha256"], args.images, file, label=name, **how)
         print(f"{name}: {len(x.index)} records {'taken from' if cached else 'written to'} {file}", file=sys.stderr)
         found.append(x)
     found, items, unread = _same_records(found, items)
@@ -147,18 +118,13 @@ def analyze(args: argparse.Namespace) -> int:
         "skipped": skipped + unread,
     }
     analysis["visual_bos"] = bos
-    analysis["figures"] = figures.draw(out, found, analysis, SPACES, methods, args.seed)
-    analysis["provenance"] = provenance(args.seed)
-    analysis["findings"] = findings(analysis)
+    analysis["figures"] = figures.draw(out, found, analysis, SPACES, list(dict.fromkeys(args.method)), args.seed)
+    analysis |= {"provenance": provenance(args.seed), "findings": findings(analysis)}
     analysis = finite(analysis)
     write_json(out / "analysis.json", analysis)
-    title = f"Representations: {', '.join(names)}"
-    words = {"title": title, "labels": LABELS, "space_titles": SPACES}
+    words = {"title": f"Representations: {', '.join(names)}", "labels": LABELS, "space_titles": SPACES, "named": _NAMED}
     write_text(out / "report.html", as_html("analysis.html.j2", analysis, out, **words))
-    for group in analysis["findings"]:
-        print("\n- ".join([f"{group['title']}:", *group["lines"]]) + "\n")
-    print(f"{out / 'report.html'}: written, with analysis.json and {len(analysis['figures'])} pictures.")
-    return 0
+    return analysis
 
 
 def slug(name: str) -> str:
@@ -200,25 +166,14 @@ def _same_records(found, items):
     return [x.only([item.index for item in kept]) for x in found], kept, unread
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def _number(x):
-    return f"{x:.3f}" if abs(x) < 100 else f"{x:.0f}"
-
-
-def _range(x):
-    low, high = x.get("interval") or (None, None)
-    return f" [{_number(low)}, {_number(high)}]" if low is not None and low == low else ""
+# --- in sentences -----------------------------------------------------------------------------------------------------
 
 
 def _verdict(change, second):
     low, high = change["interval"]
     if low > 0:
         return f"higher in {second}"
-    if high < 0:
-        return f"lower in {second}"
-    return "no clear difference"  # also where an interval is not known
+    return f"lower in {second}" if high < 0 else "no clear difference"  # also where an interval is not known
 
 
 def findings(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -241,32 +196,36 @@ def findings(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = [{"title": "Each against chance", "lines": lines}] if lines else []
     values = {model["name"]: model["spaces"] for model in analysis["models"]}
     for comparison in analysis["comparisons"]:
-        first, second = comparison["first"], comparison["second"]
-        lines = []
-        for space, found in comparison["spaces"].items():
-            for measure in _SPOKEN:
-                if change := found["measures"].get(measure):
-                    label = LABELS[measure][0]
-                    a, b = (_number(values[name][space]["measures"][measure]["value"]) for name in (first, second))
-                    lines.append(
-                        f"{label[0].upper()}{label[1:]}, {SPACES[space]}: {a} in {first}, {b} in {second}; "
-                        f"difference {change['difference']:+.3f}{_range(change)}: {_verdict(change, second)}."
-                    )
-            verdicts = {}
-            for kind, change in found["closer_to_true_by_kind"].items():
-                verdicts.setdefault(_verdict(change, second), []).append(kind)
-            if verdicts:
-                said = "; ".join(f"{verdict}: {', '.join(kinds)}" for verdict, kinds in verdicts.items())
-                lines.append(f"Closer to true by kind, {SPACES[space]}: {said}.")
-        if comparison["same_captions"]:
-            lines.append(
-                "In the LLM's space both represent captions alike (the language model is the same): what differs is "
-                "where images lie. What is measured there on captions alone cannot differ."
-            )
-        else:
-            lines.append(
-                "The two represent captions differently (another language model, or one that was trained): places "
-                "in one panel are not places in the other, axes shared or not; only what lies near what in each counts."
-            )
-        groups.append({"title": f"{second} against {first}", "lines": lines})
+        title = f"{comparison['second']} against {comparison['first']}"
+        groups.append({"title": title, "lines": list(_compared(comparison, values))})
     return groups
+
+
+def _compared(comparison, values):
+    first, second = comparison["first"], comparison["second"]
+    for space, found in comparison["spaces"].items():
+        for measure in (name for name in _SPOKEN if name in found["measures"]):
+            label, change = LABELS[measure][0], found["measures"][measure]
+            a, b = (values[name][space]["measures"][measure]["value"] for name in (first, second))
+            low, high = change["interval"]
+            known = f" [{low:.3f}, {high:.3f}]" if low == low else ""
+            yield (
+                f"{label[0].upper()}{label[1:]}, {SPACES[space]}: {a:.3f} in {first}, {b:.3f} in {second}; "
+                f"difference {change['difference']:+.3f}{known}: {_verdict(change, second)}."
+            )
+        verdicts = {}
+        for kind, change in found["closer_to_true_by_kind"].items():
+            verdicts.setdefault(_verdict(change, second), []).append(kind)
+        if verdicts:
+            said = "; ".join(f"{verdict}: {', '.join(kinds)}" for verdict, kinds in verdicts.items())
+            yield f"Closer to true by kind, {SPACES[space]}: {said}."
+    if comparison["same_captions"]:
+        yield (
+            "In the LLM's space both represent captions alike (the language model is the same): what differs is "
+            "where images lie. What is measured there on captions alone cannot differ."
+        )
+    else:
+        yield (
+            "The two represent captions differently (another language model, or one that was trained): places "
+            "in one panel are not places in the other, axes shared or not; only what lies near what in each counts."
+        )

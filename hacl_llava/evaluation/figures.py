@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..common.report import COLOURS, MARKERS, plain, pyplot, save
-from ..config import HaclError
 from .analyze import METHODS
 from .measures import unit
 
 if TYPE_CHECKING:
     from .representations import Representations
 
-_DRAWN = 500  # images in a picture; more would hide each other
+_DRAWN, _JOINED = 500, 12  # images in a picture (more would hide each other); of these joined with their captions
 # Squares are hollow, since a hallucinated caption often lies where its caption does.
 _ROLES = tuple(
     zip(("hallucinated caption", "caption", "image"), COLOURS[1:3] + COLOURS[:1], MARKERS[1:3] + MARKERS[:1])
@@ -52,15 +51,18 @@ def draw(
     """
     made = []
     for space, title in spaces.items():
-        here = [
-            (model["name"], model["spaces"][space], x.owner, *map(unit, x.spaces[space]))
-            for model, x in zip(analysis["models"], found)
-            if space in x.spaces
-        ]
-        if here:
-            made += _draw_points(out, space, title, here, methods, seed)
-        if here and len(here[0][2]):
-            made.append(_draw_pairs(out, space, title, here))
+        models = [(m["name"], m["spaces"][space], x) for m, x in zip(analysis["models"], found) if space in x.spaces]
+        if models:
+            made += _draw_points(out, space, title[0].upper() + title[1:], models, methods, seed)
+        if models and len(models[0][2].owner):
+            chart = out / _file("closer_to_true", space)
+            shares = []
+            for name, numbers, x in models:
+                everything = {**numbers["measures"]["closer_to_true"], "count": len(x.owner)}
+                shares.append((name, {"all": everything, **numbers["closer_to_true_by_kind"]}))
+            closer_chart(chart, shares, f"Is the image closer to its true caption? ({title})")
+            note = "share of pairs, in all and by what the hallucinated caption gets wrong, with 95 % intervals"
+            made.append({"file": chart.name, "title": f"Closer to true ({title})", "note": note})
     return made
 
 
@@ -69,21 +71,23 @@ def _file(name, space):
 
 
 def _draw_points(out, space, title, models, methods, seed):
-    rows = len(models[0][3])
+    rows = len(models[0][2].index)
     drawn = np.sort(np.random.default_rng(seed).permutation(rows)[:_DRAWN])
     # Each model's heads were trained on their own: an axis of one means nothing in another.
-    joint = len({v.shape[1] for *_, v, _, _ in models}) == 1 and (space == "llm" or len(models) == 1)
+    same_width = len({x.spaces[space][0].shape[1] for *_, x in models}) == 1
+    joint = same_width and (space == "llm" or len(models) == 1)
     axes = "fitted on all panels together" if joint else "fitted on each panel alone (axes not comparable)"
     what = "last-layer states at EOS" if space == "llm" else "projected by the heads"
     panels = []
-    for name, numbers, owner, v, t, h in models:
-        first = {int(o): m for m, o in reversed(list(enumerate(owner)))}  # of an image's hallucinated captions
+    for name, numbers, x in models:
+        v, t, h = map(unit, x.spaces[space])
+        first = {int(o): m for m, o in reversed(list(enumerate(x.owner)))}  # of an image's hallucinated captions
         values = numbers["measures"]
         text = f"{name}\nmodality gap {values['modality_gap']['value']:.3f}"
         if "modality_gap_relative" in values:
             text += f" ({values['modality_gap_relative']['value']:.2f} x the spread)"
         panels.append((text, v[drawn], t[drawn], h[[first[row] for row in drawn if row in first]]))
-    made, title = [], title[0].upper() + title[1:]
+    made = []
     for method in methods:
         label, file = METHODS[method], _file(method, space)
         heading = f"{title}: {len(drawn)} images, {what}, {label}" + (f" {axes}" if len(models) > 1 else "")
@@ -94,44 +98,30 @@ def _draw_points(out, space, title, models, methods, seed):
     return made
 
 
-def _draw_pairs(out, space, title, models):
-    shares = []
-    for name, numbers, owner, *_ in models:
-        everything = {**numbers["measures"]["closer_to_true"], "count": len(owner)}
-        shares.append((name, {"all": everything, **numbers["closer_to_true_by_kind"]}))
-    closer = _file("closer_to_true", space)
-    closer_chart(out / closer, shares, f"Is the image closer to its true caption? ({title})")
-    note = "share of pairs, in all and by what the hallucinated caption gets wrong, with 95 % intervals"
-    return {"file": closer, "title": f"Closer to true ({title})", "note": note}
-
-
-def project(x: np.ndarray, method: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-    """Two coordinates of each row.
+def project(groups: Sequence[np.ndarray], method: str, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Two coordinates of each row of all groups together.
 
     Args:
-        x: ``[R, D]`` of unit norm. method: "pca" (about the mean of all rows) or "tsne" (by distance).
+        groups: ``[R, D]`` each, of unit norm. method: of `METHODS`: "pca" (about the mean of all rows) or "tsne" (by
+            distance).
 
     Returns:
-        ``[R, 2]``, and the shares of variance along the two axes, or None but for PCA.
-
-    Raises:
-        HaclError: there is no such method.
+        ``[R, 2]`` of each group, and the shares of variance along the two axes, or None but for PCA.
     """
+    x, ends = np.concatenate(groups), np.cumsum([len(group) for group in groups])[:-1]
     if method == "pca":
         from sklearn.decomposition import PCA
 
         pca = PCA(2, random_state=seed)
         points = pca.fit_transform(x)
-        return points, np.nan_to_num(pca.explained_variance_ratio_)
-    if method not in METHODS:
-        raise HaclError(f"--method is {method!r}, allowed are {', '.join(METHODS)}.")
-    # Rows that are equal, as captions are in models with the same language model, come once and to one place.
-    x, places = np.unique(x.round(6), axis=0, return_inverse=True)
+        return np.split(points, ends), np.nan_to_num(pca.explained_variance_ratio_)
     from sklearn.manifold import TSNE
 
+    # Rows that are equal, as captions are in models with the same language model, come once and to one place.
+    x, places = np.unique(x.round(6), axis=0, return_inverse=True)
     perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))
     points = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(x)
-    return points[places.reshape(-1)], None
+    return np.split(points[places.reshape(-1)], ends), None
 
 
 def scatter(
@@ -141,47 +131,39 @@ def scatter(
     joint: bool,
     heading: str,
     seed: int = 0,
-    lines: int = 12,
 ) -> None:
     """One panel a model: images, captions and hallucinated captions in two dimensions.
 
     Args:
         path: of the PNG. panels: [(title, v ``[N, D]``, t ``[N, D]``, h ``[M, D]``)] of unit norm; the rows of all
-            panels belong to the same records. method: as `project`.
-        joint: whether one projection is fitted on all panels and they share axes; else each panel has its own.
-        heading: above all. lines: how many images are joined with their captions.
+            panels belong to the same records. method: as `project`. joint: whether one projection is fitted on all
+            panels and they share axes; else each panel has its own. heading: above all.
     """
     parts = [[h, t, v] for _, v, t, h in panels]  # in the order of _ROLES
-    if joint:
-        points, share = _projected([x for part in parts for x in part], method, seed)
-        found = [(points[3 * i : 3 * i + 3], share) for i in range(len(parts))]
-        squares = [_square(points)] * len(found)
-    else:
-        found = [_projected(part, method, seed) for part in parts]
-        squares = [_square(points) for points, _ in found]
+    fits = [sum(parts, [])] if joint else parts
+    found = [project(fit, method, seed) for fit in fits]
+    found = [(points[i : i + 3], share, _square(points)) for points, share in found for i in range(0, len(points), 3)]
     plt, columns, rows = pyplot(), len(panels), len(panels[0][1])
-    joined = np.random.default_rng(seed).permutation(rows)[:lines]
+    joined = np.random.default_rng(seed).permutation(rows)[:_JOINED]
     size = min(26.0, max(7.0, 4500 / max(rows, 1)))
     with plt.rc_context(_TEXT):
         figure, axes = plt.subplots(
             1, columns, figsize=(max(5.4 * columns, 6.6), 6.7), squeeze=False, sharex=joint, sharey=joint
         )
-        for column, (axis, (title, *_), (points, share)) in enumerate(zip(axes[0], panels, found)):
+        for axis, (title, *_), (points, share, limits) in zip(axes[0], panels, found):
             _points(axis, points, joined, size)
             axis.set_title("\n".join(textwrap.fill(line, 44) for line in plain(title).split("\n")))
             names = [METHODS[method] + f" {k}" for k in (1, 2)]
             if share is not None:
                 names = [f"{name} ({s:.0%} of the variance)" for name, s in zip(names, share)]
-            axis.set_xlabel(names[0])
-            if column == 0 or not joint:
+            axis.set(xlim=limits[0], ylim=limits[1], box_aspect=1, xlabel=names[0])
+            if axis is axes[0][0] or not joint:
                 axis.set_ylabel(names[1])
-            axis.set(xlim=squares[column][0], ylim=squares[column][1], box_aspect=1)
-            _grid(axis)
-        handles = [
-            plt.Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8, label=name,
-                       markerfacecolor="none" if marker == "s" else colour)
-            for name, colour, marker in _ROLES[::-1]
-        ]  # fmt: skip
+            axis.grid(color="0.92")
+            axis.set_axisbelow(True)
+        looks = {name: {"marker": marker, "color": colour} for name, colour, marker in _ROLES[::-1]}
+        looks["hallucinated caption"]["markerfacecolor"] = "none"
+        handles = [plt.Line2D([], [], linestyle="", markersize=8, label=name, **look) for name, look in looks.items()]
         handles.append(plt.Line2D([], [], color="0.15", linewidth=1, label="an image and its caption"))
         wrapped = textwrap.fill(heading, 58 * columns + 12)
         figure.suptitle(wrapped, fontsize=12, y=0.985)
@@ -190,30 +172,19 @@ def scatter(
         save(figure, path)
 
 
-def _projected(groups, method, seed):
-    """`project` of all groups together: (points of each, share)."""
-    points, share = project(np.concatenate(groups), method, seed)
-    return np.split(points, np.cumsum([len(x) for x in groups])[:-1]), share
-
-
 def _points(axis, groups, joined, size):
     """The points of each of `_ROLES`, and lines from some images to their captions."""
-    for order, ((name, colour, marker), points) in enumerate(zip(_ROLES, groups)):
+    for order, ((_, colour, marker), points) in enumerate(zip(_ROLES, groups)):
         style = {"c": colour, "s": size, "linewidths": 0}
         if order == 0:
             style = {"facecolors": "none", "edgecolors": colour, "s": 1.9 * size, "linewidths": 0.9}
-        axis.scatter(*points.T, marker=marker, label=name, alpha=0.6, zorder=1 + order, **style)
+        axis.scatter(*points.T, marker=marker, alpha=0.6, zorder=1 + order, **style)
     _, captions, images = groups
     for i in joined:
         axis.plot(*np.stack([images[i], captions[i]]).T, color="0.15", linewidth=0.8, alpha=0.7, zorder=5)
         for point, (_, colour, marker) in zip((captions[i], images[i]), _ROLES[1:]):
             style = {"c": colour, "marker": marker, "edgecolors": "black", "linewidths": 0.8}
             axis.scatter(*point, s=size + 14, zorder=6, **style)
-
-
-def _grid(axis, which="both"):
-    axis.grid(axis=which, color="0.92")
-    axis.set_axisbelow(True)
 
 
 def _square(groups):
@@ -238,7 +209,8 @@ def closer_chart(
     with plt.rc_context(_TEXT):
         figure, axis = plt.subplots(figsize=(8.4, 1.9 + 0.3 * len(labels) * (1 + len(models) * 0.6)))
         axis.set_title(textwrap.fill(heading, 74))
-        _grid(axis, "x")
+        axis.grid(axis="x", color="0.92")
+        axis.set_axisbelow(True)
         for k, (name, rows) in enumerate(models):
             offset = (k - (len(models) - 1) / 2) * 0.6 / len(models)
             here = [label for label in labels if label in rows]

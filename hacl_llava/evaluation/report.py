@@ -16,6 +16,7 @@ from ..common.files import finite, write_bytes, write_json, write_text
 from ..common.images import image_file
 from ..common.report import as_html, as_words, counted, figure, is_number, provenance, pyplot, shorten, thumbnail
 from ..config import HaclError
+from .analyze import LABELS, SPACES
 from .charts import draw_curves, draw_evaluation, lines_of
 from .runs import (
     QUANTITIES,
@@ -25,7 +26,6 @@ from .runs import (
     differing_settings,
     draw_gallery,
     parse_runs,
-    printable,
     read_run,
     settings_of,
     tasks_of,
@@ -246,28 +246,18 @@ def _analyses(runs, output):
     for number, (folder, analysis) in enumerate(found.values(), 1):
         figures = []
         for i, picture in enumerate(analysis["figures"], 1):
-            name = os.path.basename(picture["file"])
-            figures.append({"title": picture["title"], "file": None})
+            name, problem = os.path.basename(picture["file"]), None
             try:
                 content = (Path(folder) / name).read_bytes()
                 if not content.startswith(b"\x89PNG"):
                     raise HaclError(f"{name} is no PNG file")
-                write_bytes(output / f"analysis-{number}-{i}.png", content)
-                figures[-1]["file"] = f"analysis-{number}-{i}.png"
+                name = f"analysis-{number}-{i}.png"
+                write_bytes(output / name, content)
             except (OSError, HaclError) as error:
-                figures[-1]["problem"] = f"left out ({getattr(error, 'strerror', None) or error})"
-        shown.append(
-            {
-                "folder": folder,
-                "models": [{k: m[k] for k in ("name", "checkpoint", "spaces")} for m in analysis["models"]],
-                "comparisons": [
-                    {"name": f"{c['second']} minus {c['first']}", "spaces": c["spaces"]}
-                    for c in analysis["comparisons"]
-                ],
-                "findings": [(x["title"], x["lines"]) for x in analysis["findings"]],
-                "figures": figures,
-            }
-        )
+                problem = f"left out ({getattr(error, 'strerror', None) or error})"
+            figures.append({**picture, "file": None if problem else name, "problem": problem})
+        said = {key: analysis[key] for key in ("models", "comparisons", "findings")}
+        shown.append({"folder": folder, **said, "figures": figures})
     return shown
 
 
@@ -312,7 +302,7 @@ def make_report(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, Any]
     baseline = next((r for r in runs if r.name == args.baseline), shown[0])
     tasks = _evaluations(shown, baseline, args.seed)
     found = {
-        "title": printable(args.title or "Report: " + ", ".join(r.name for r in shown)),
+        "title": args.title or "Report: " + ", ".join(r.name for r in shown),
         "seed": args.seed,
         "baseline": baseline.name,
         "summary": summarise(tasks, shown, baseline),
@@ -325,7 +315,7 @@ def make_report(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, Any]
         "analyses": _analyses(runs, output),
         "gallery": _gallery(shown, baseline, output, args),
         "left_out": [{"run": r.name, "file": file, "reason": reason} for r in runs for file, reason in r.left_out],
-        "provenance": printable(provenance(args.seed)),
+        "provenance": provenance(args.seed),
     }
     for stage in (1, 2):
         if lines := lines_of(shown, stage):
@@ -343,6 +333,7 @@ def make_report(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, Any]
 def page(found: Mapping[str, Any], output: str | os.PathLike) -> str:
     """The HTML page of what report.json holds; ``output``: the folder of its pictures."""
     words = {"verdicts": _VERDICTS, "quantities": QUANTITIES, "shown_counts": _COUNTS}
+    words |= {"labels": LABELS, "space_titles": SPACES}
     return as_html("report.html.j2", found, output, **words, verdict_of=verdict_of, p_words=_p)
 
 

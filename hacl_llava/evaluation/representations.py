@@ -84,12 +84,12 @@ class Representations:
         """The same for some of the records, ``index``, in that order; all of them must be here."""
         row_of = {int(i): row for row, i in enumerate(self.index)}
         rows = np.array([row_of[int(i)] for i in index], dtype=np.int64)
-        new_row = {int(row): new for new, row in enumerate(rows)}
-        kept = [m for m in range(len(self.owner)) if int(self.owner[m]) in new_row]
-        kept.sort(key=lambda m: (new_row[int(self.owner[m])], int(self.which[m])))
-        owner = np.array([new_row[int(self.owner[m])] for m in kept], dtype=np.int64)
+        new_row = np.full(len(self.index), -1)
+        new_row[rows] = np.arange(len(rows))
+        owner = new_row[self.owner]
+        kept = np.lexsort((self.which, owner))[(owner < 0).sum() :]
         spaces = {name: (v[rows], t[rows], h[kept]) for name, (v, t, h) in self.spaces.items()}
-        return Representations(self.index[rows], owner, self.which[kept], spaces, self.skipped, self.about)
+        return Representations(self.index[rows], owner[kept], self.which[kept], spaces, self.skipped, self.about)
 
 
 def sample_records(path: str | os.PathLike, limit: int, seed: int) -> tuple[list[Item], dict[str, Any], list[str]]:
@@ -106,39 +106,31 @@ def sample_records(path: str | os.PathLike, limit: int, seed: int) -> tuple[list
     Raises:
         DataError: the file cannot be read, or nothing in it can be used.
     """
-    heap, skipped, records, usable = [], [], 0, 0
-    unusable = 0
-    for index, (_, record) in enumerate(stream_records(path)):
-        records += 1
-        problem = problem_of(record, plain=False)
-        if problem is None and "image" not in record:
-            problem = "has no image"
-        if problem is None and not caption_of(record):
-            problem = "has no caption"
-        if problem is not None:
-            unusable += 1
-            if len(skipped) < _LISTED:
+    skipped, counts = [], {"records": 0, "usable": 0, "unusable": 0}
+
+    def usable():
+        for index, (_, record) in enumerate(stream_records(path)):
+            problem = problem_of(record, plain=False)
+            if problem is None and "image" not in record:
+                problem = "has no image"
+            if problem is None and not caption_of(record):
+                problem = "has no caption"
+            counts["records"] += 1
+            counts["unusable" if problem else "usable"] += 1
+            if problem is None:
+                name, texts = name_of(os.path.basename(path), index, record), hallucinated_captions(record)
+                kinds = tuple(hallucinated_kinds(record))
+                yield Item(index, name, record["image"], caption_of(record), tuple(texts), kinds)
+            elif len(skipped) < _LISTED:
                 skipped.append(f"{name_of(path, index, record)} {problem}")
-            continue
-        usable += 1
-        key = -random.Random(f"{seed}/{index}").random()  # the smallest numbers stay
-        if len(heap) < limit or key > heap[0][0]:
-            item = Item(
-                index,
-                name_of(os.path.basename(path), index, record),
-                record["image"],
-                caption_of(record),
-                tuple(hallucinated_captions(record)),
-                tuple(hallucinated_kinds(record)),
-            )
-            (heapq.heappush if len(heap) < limit else heapq.heapreplace)(heap, (key, item))
-    if not heap:
+
+    drawn = heapq.nsmallest(limit, usable(), key=lambda item: random.Random(f"{seed}/{item.index}").random())
+    if not drawn:
         first = f" The first: {skipped[0]}." if skipped else ""
-        raise DataError(f"{path}: none of its {records} records has an image and a caption.{first}")
-    items = sorted((item for _, item in heap), key=lambda item: item.index)
+        raise DataError(f"{path}: none of its {counts['records']} records has an image and a caption.{first}")
+    items = sorted(drawn, key=lambda item: item.index)
     digest = hashlib.sha256(json.dumps([item[:1] + item[2:] for item in items]).encode()).hexdigest()
-    counts = {"records": records, "usable": usable, "unusable": unusable, "sampled": len(items), "sha256": digest}
-    return items, counts, skipped
+    return items, {**counts, "sampled": len(items), "sha256": digest}, skipped
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +64,7 @@ def parse_runs(words: Iterable[str]) -> list[tuple[str, str]]:
             name, folder = Path(word).resolve().name or "run", word
         if not os.path.isdir(folder):
             raise HaclError(f"{folder or word!r}: is no folder; give NAME=FOLDER or FOLDER.")
-        name = printable(name).strip()
+        name = name.strip()
         if not name:
             raise HaclError(f"{word!r}: has no name before '='; give NAME=FOLDER or FOLDER.")
         if name in runs:
@@ -74,22 +73,12 @@ def parse_runs(words: Iterable[str]) -> list[tuple[str, str]]:
     return list(runs.items())
 
 
-def printable(value: Any) -> Any:
-    """Strings of a json value without what neither a file nor a page can hold: surrogates, control characters."""
-    if isinstance(value, str):
-        value = value.encode("utf-8", "replace").decode()
-        return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", value)
-    if isinstance(value, dict):
-        return {printable(k): printable(v) for k, v in value.items()}
-    return [printable(v) for v in value] if isinstance(value, list) else value
-
-
 def _load(path, **keys):
     """A json object that has these keys, of these types."""
-    value = printable(read_json(path, expected=dict))
+    value = read_json(path, expected=dict)
     if wrong := [key for key, kind in keys.items() if not isinstance(value.get(key), kind)]:
         wrote = "hacl-llava analyze" if path.name == "analysis.json" else "hacl-llava eval"
-        raise DataError(f"is not one that `{wrote}` wrote (no {', '.join(wrong)}, or of another type)")
+        raise DataError(f"is not one that `{wrote}` wrote (missing or of another type: {', '.join(wrong)})")
     return value
 
 
@@ -179,7 +168,7 @@ def _task(run, folder):
         run.left_out.append((str(path), f"cannot be read ({error.strerror}): no paired comparison, no gallery"))
     for line in filter(bytes.strip, lines):
         try:
-            item = printable(json.loads(line))
+            item = json.loads(line)
             # one run's ids may be numbers, another's words
             item.update({k: str(item[k]) for k in ("id", "image", "question", "answer") if item.get(k) is not None})
             if not all(map(is_number, (item.get("counts") or {}).values())):
