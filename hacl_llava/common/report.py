@@ -26,6 +26,7 @@ from .images import open_image
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -215,6 +216,35 @@ def plain(text: str) -> str:
     """Text that matplotlib draws as it is: no mathematics between $, no name hidden from a legend for its first _."""
     text = text.encode("utf-8", "replace").decode().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def dots(
+    axis: "Axes", rows: Sequence[str], series: Mapping[str, Mapping[str, Mapping[str, Any]]], key: str = "value"
+) -> dict[str, Any]:
+    """Figures as dots with their intervals, from top to bottom.
+
+    Args:
+        rows: names of the rows. series: {name: {row: {key: number, "interval": [low, high]}}}, each with a colour and
+            a shape of its own; what is not known is not drawn.
+
+    Returns:
+        {name: handle for a legend} of what was drawn.
+    """
+    handles = {}
+    for k, (name, entries) in enumerate(series.items()):
+        known = [(y, entries[row]) for y, row in enumerate(rows) if is_number(entries.get(row, {}).get(key))]
+        look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": ""}
+        offset = (k - (len(series) - 1) / 2) * 0.6 / len(series)
+        for y, entry in known:
+            if all(map(is_number, entry["interval"] or [None])):
+                axis.plot(entry["interval"], [y + offset] * 2, color=look["color"], linewidth=1.5)
+        if known:
+            x, y = [entry[key] for _, entry in known], [y + offset for y, _ in known]
+            handles[name] = axis.plot(x, y, markersize=5, label=plain(name), **look)[0]
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    return handles
 
 
 def save(figure: "Figure", path: str | os.PathLike) -> None:

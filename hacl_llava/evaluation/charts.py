@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..common.report import COLOURS, MARKERS, STYLES, is_number, plain, pyplot, save, shorten
+from ..common.report import COLOURS, STYLES, dots, is_number, plain, pyplot, save, shorten
 from .runs import QUANTITIES, Run, way_of
 
 
@@ -51,83 +51,63 @@ def lines_of(runs: Sequence[Run], stage: int) -> list[dict[str, Any]]:
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
     """A panel for each quantity that was logged, a line for each of `lines_of`, to a PNG file."""
-    plt = pyplot()
     keys = [k for k in QUANTITIES if any(k in x["curves"] for x in lines)]
-    columns = min(4, len(keys) + 1) if len(keys) > 1 else 1
-    rows = -(-(len(keys) + (len(keys) > 1)) // columns)  # a cell more, for the legend
-    size = (3.1 * columns, 2.5 * rows) if columns > 1 else (7, 3.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True)
+    columns = min(4, len(keys))
+    size = {"figsize": (max(7, 3.1 * columns), 0.6 + 2.5 * -(-len(keys) // columns)), "squeeze": False}
+    figure, axes = pyplot().subplots(-(-len(keys) // columns), columns, layout="constrained", **size)
     handles = {}
+    for axis in axes.flat[len(keys) :]:
+        axis.axis("off")
     for axis, key in zip(axes.flat, keys):
-        for line in lines:
-            if points := line["curves"].get(key):
-                steps, values = zip(*points)
-                look = {**line["look"], "marker": "o" if len(points) == 1 else None}
-                axis.plot(steps, values, color=look["color"], alpha=0.25, linewidth=0.8)
-                handles[line["line"]] = axis.plot(steps, smooth(values), linewidth=1.6, **look)[0]
+        for line in (x for x in lines if key in x["curves"]):
+            steps, values = zip(*line["curves"][key])
+            look = {**line["look"], "marker": "o" if len(steps) == 1 else None}
+            axis.plot(steps, values, color=look["color"], alpha=0.25, linewidth=0.8)
+            handles[line["line"]] = axis.plot(steps, smooth(values), linewidth=1.6, **look)[0]
         axis.set_title(QUANTITIES[key], fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.margins(x=0.02)
-        axis.set_xlabel("step", fontsize=8)
-    rest = list(axes.flat)[len(keys) :]
-    for axis in rest:
-        axis.axis("off")
-    place = {"loc": "upper left", "frameon": False} if rest else {"loc": "best"}
-    target = rest[0] if rest else axes.flat[0]
-    target.legend(handles.values(), map(_label, handles), fontsize=9, handlelength=3, **place)
+    _legend(figure, handles, handlelength=3)
     save(figure, path)
+
+
+def _legend(figure, handles, **look):
+    look |= {"ncols": min(4, len(handles)), "fontsize": 9, "frameon": False}
+    figure.legend(handles.values(), map(_label, handles), loc="outside upper center", **look)
 
 
 def draw_evaluation(runs: Sequence[Run], tasks: Sequence[dict[str, Any]], path: str | os.PathLike) -> bool:
     """Values with intervals on the left, differences from the baseline on the right; returns whether there are any."""
-    rows, heads, place = [], {}, 0.0  # (y, metric, entries by run: values, differences)
+    shown = {}  # name: (task, its metrics that are shares)
     for task in tasks:
-        for metric, entries in task["metrics"].items():
-            values = [x["value"] for x in entries.values() if is_number(x["value"])]
-            if values and 0 <= min(values) and max(values) <= 1:
-                place += 1 if task["task"] in heads else 2.3
-                heads.setdefault(task["task"], place - 1)
-                made = {c["b"]: c["metrics"].get(metric, {}) for c in task["comparisons"] if "metrics" in c}
-                rows.append((place, metric, entries, made))
-    if not rows:
+        values = {m: [x["value"] for x in of.values() if is_number(x["value"])] for m, of in task["metrics"].items()}
+        if metrics := [m for m, found in values.items() if found and 0 <= min(found) and max(found) <= 1]:
+            shown[task["task"]] = task, metrics
+    if not shown:
         return False
-    names = [r.name for r in runs]
-    shown = [n for n in names if any(n in entries for _, _, entries, _ in rows)]
-    comparisons = [c for t in tasks for c in t["comparisons"] if "metrics" in c]
-    compared = [n for n in names if any(c["b"] == n for c in comparisons)]
-    height = 1.2 + 0.45 * len(heads) + len(rows) * (0.14 + 0.11 * len(shown))
-    size = {"figsize": (10, height), "squeeze": False, "constrained_layout": True}
-    figure, axes = pyplot().subplots(1, 1 + bool(compared), sharey=True, **size)
-    left, handles = axes[0][0], {}
-    for axis, key, group in zip(axes[0], ("value", "difference"), (names, compared)):
-        for y, _, *entries in rows:
-            for i, name in enumerate(group):
-                entry = entries[key == "difference"].get(name, {})
-                if is_number(entry.get(key)):
-                    at, k = y + (i - (len(group) - 1) / 2) * 0.7 / len(names), names.index(name)
-                    colour, interval = COLOURS[k % len(COLOURS)], entry["interval"] or [None]
-                    if all(map(is_number, interval)):
-                        axis.plot(interval, (at, at), color=colour, linewidth=1.4)
-                    handle = axis.plot(entry[key], at, MARKERS[k % len(MARKERS)], color=colour, markersize=4.5)[0]
-                    handles.setdefault(name, handle)
-        axis.grid(axis="x", alpha=0.25)
+    made = [c for task, _ in shown.values() for c in task["comparisons"] if "metrics" in c]
+    rows = [len(metrics) for _, metrics in shown.values()]
+    size = {"figsize": (10, 1 + 0.5 * len(rows) + sum(rows) * (0.14 + 0.11 * len(runs))), "squeeze": False}
+    size |= {"sharex": "col", "sharey": "row", "height_ratios": rows, "layout": "constrained"}
+    figure, axes = pyplot().subplots(len(rows), 1 + bool(made), **size)
+    handles = {}
+    for row, (task, metrics) in zip(axes, shown.values()):
+        compared = {c["b"]: c["metrics"] for c in task["comparisons"] if "metrics" in c}
+        values = {r.name: {m: of[r.name] for m, of in task["metrics"].items() if r.name in of} for r in runs}
+        handles |= dots(row[0], metrics, values)
+        if made:
+            dots(row[-1], metrics, {r.name: compared.get(r.name, {}) for r in runs}, "difference")
+            row[-1].axvline(0, color="black", linewidth=1)
+        labels = [_label(m) + " (less is better)" * (way_of(m) == -1) for m in metrics]
+        row[0].set_yticks(range(len(metrics)), labels, fontsize=8)
+        row[0].set_title(_label(task["task"]), loc="left", fontsize=8.5, fontweight="bold")
+    for axis in axes.flat:
         axis.tick_params(axis="x", labelsize=8)
-        axis.tick_params(axis="y", length=0)
-        for y in heads.values():
-            axis.axhspan(y - 0.42, y + 0.42, color="#eeeeee", zorder=0.5)
-    labels = [_label(metric) + " (less is better)" * (way_of(metric) == -1) for _, metric, *_ in rows]
-    left.set_yticks([y for y, *_ in rows], labels, fontsize=8)
-    left.set_ylim(place + 0.8, 0.6)
-    left.set_xlabel("value, 95% interval", fontsize=9)
-    words = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8.5, "fontweight": "bold"}
-    for name, y in heads.items():
-        left.annotate(_label(name), (0.01, y), **words)
-    if compared:
-        axes[0][1].axvline(0, color="black", linewidth=1)
-        label = f"difference from {_label(comparisons[0]['a'])}, paired, 95% interval"
-        axes[0][1].set_xlabel(label, fontsize=9)
-    look = {"ncols": min(4, len(handles)), "fontsize": 9, "frameon": False}
-    figure.legend(handles.values(), map(_label, handles), loc="outside upper center", **look)
+    axes[-1][0].set_xlabel("value, 95% interval", fontsize=9)
+    if made:
+        axes[-1][1].set_xlabel(f"difference from {_label(made[0]['a'])}, paired, 95% interval", fontsize=9)
+    _legend(figure, handles)
     save(figure, path)
     return True

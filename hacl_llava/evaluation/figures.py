@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..common.report import COLOURS, MARKERS, plain, pyplot, save
+from ..common.report import COLOURS, MARKERS, dots, plain, pyplot, save
 from .analyze import METHODS
 from .measures import unit
 
@@ -209,20 +209,9 @@ def closer_chart(
     with plt.rc_context(_TEXT):
         figure, axis = plt.subplots(figsize=(8.4, 1.9 + 0.3 * len(labels) * (1 + len(models) * 0.6)))
         axis.set_title(textwrap.fill(heading, 74))
-        axis.grid(axis="x", color="0.92")
-        axis.set_axisbelow(True)
-        for k, (name, rows) in enumerate(models):
-            offset = (k - (len(models) - 1) / 2) * 0.6 / len(models)
-            here = [label for label in labels if label in rows]
-            y = [labels.index(label) + offset for label in here]
-            x = np.array([rows[label]["value"] for label in here])
-            ends = np.array([rows[label]["interval"] for label in here], dtype=float)
-            error = np.abs(np.where(np.isfinite(ends), ends, x[:, None]).T - x)
-            style = {"color": COLOURS[k], "fmt": MARKERS[k], "markersize": 7, "capsize": 3, "linewidth": 1.6}
-            axis.errorbar(x, y, xerr=error, label=plain(name), **style)
+        dots(axis, labels, dict(models))
         axis.axvline(0.5, color="0.25", linestyle="--", linewidth=1.2, label="chance (0.5)")
         axis.set_yticks(range(len(labels)), [f"{label}\n(n = {counts[label]})" for label in labels])
-        axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.set_xlim(-0.02, 1.02)
         axis.set_xlabel("share of pairs in which the image is closer to its true caption (bars: 95 %)")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
