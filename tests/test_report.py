@@ -1,5 +1,7 @@
 """hacl-llava report: hand-made runs, whose comparisons were computed by hand; awkward names, answers and files."""
 
+import importlib
+import io
 import json
 import math
 import re
@@ -16,7 +18,7 @@ from hacl_llava.common.report import as_markdown, literal, provenance, table, th
 from hacl_llava.common.statistics import holm
 from hacl_llava.config import HaclError
 from hacl_llava.evaluation import report
-from hacl_llava.evaluation.runs import draw_gallery, parse_runs, read_run, verdict_of
+from hacl_llava.evaluation.runs import TASKS, draw_gallery, parse_runs, read_run, verdict_of, way_of
 
 pytest.importorskip("matplotlib")
 NASTY = "a | b <script>alert(1)</script> `code` **bold** [x](http://x) $x^2$ 你好 🙂\n# no heading\n- \x00 & \ud800 \\|"
@@ -189,21 +191,9 @@ def test_verdicts_know_which_way_is_better():
     for metric in ("yes_ratio", "words", "objects", "unclear", "unheard_of"):
         assert [verdict_of(metric, x) for x in (up, down, zero)] == ["changed", "changed", "unclear"], metric
     assert verdict_of("f1", {"difference": 0.1, "interval": [math.nan, 0.2]}) is None
-
-
-def test_every_metric_of_every_task_has_its_way_or_is_known_to_have_none():
-    import importlib
-
-    from hacl_llava.evaluation.runs import TASKS, way_of
-
     for kind, module in TASKS.items():
         metrics = importlib.import_module(module, "hacl_llava.evaluation").METRICS
         assert {m for m in metrics if not way_of(m)} <= {"yes_ratio", "unclear", "words", "objects"}, kind
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_several_tests_are_counted_and_adjusted(tmp_path, two):
@@ -213,6 +203,8 @@ def test_several_tests_are_counted_and_adjusted(tmp_path, two):
     tests = [c["mcnemar"] for c in found["tasks"][0]["comparisons"]]
     assert [t["tests"] for t in tests] == [2, 2] and [t["p_holm"] for t in tests] == pytest.approx([4 * 7 / 64] * 2)
     assert "2 such tests in this report" in page and "0.4375" in page
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # by hand
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_common_questions_only(tmp_path, pictures):
@@ -230,37 +222,32 @@ def test_common_questions_only(tmp_path, pictures):
     assert "1 question that both answered; left out: 5 of a and 4 of b that the other lacks" in page
     assert [d["setting"] for d in found["settings_that_differ"]] == ["questions"]
     assert any("1 of b" in x for x in found["summary"]["cautions"])
-
-
-def test_no_common_question(tmp_path):
-    write_task(tmp_path / "a" / "pope", [item(i, "yes", "Yes") for i in range(3)])
-    write_task(tmp_path / "b" / "pope", [item(i, "yes", "Yes") for i in range(3, 6)])
-    found, page = make(tmp_path, tmp_path / "a", tmp_path / "b")
+    write_task(tmp_path / "c" / "pope", [item(i, "yes", "Yes") for i in range(20, 23)])
+    found, page = make(tmp_path, tmp_path / "a", tmp_path / "c")
     assert found["tasks"][0]["comparisons"][0]["problem"] == "no question that both answered"
     assert "Not compared" in page and found["gallery"] == []
     (pair,) = found["summary"]["pairs"]
     assert not (pair["improved"] or pair["worse"] or pair["changed"] or pair["unclear"])
 
 
-def test_settings_that_matter_are_flagged(tmp_path, two):
-    path = two[1] / "pope" / "results.json"
+def edited(folder, **changes):
+    path = folder / "pope" / "results.json"
     result = json.loads(path.read_text())
-    result["settings"] |= {"template": "plain", "batch_size": 64}
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result | {k: (result[k] | v if k == "settings" else v) for k, v in changes.items()}))
+
+
+def test_settings_that_matter_are_flagged(tmp_path, two):
+    edited(two[1], settings={"template": "plain", "batch_size": 64})
     found, page = make(tmp_path, *two)
     (flag,) = found["settings_that_differ"]
     assert flag["setting"] == "template" and flag["values"] == {"plain": "v1", "hacl": "plain"}
-    assert "Differences below may come from them" in page
-    assert "different versions or commits" not in page
+    assert "Differences below may come from them" in page and "different versions or commits" not in page
     assert any(x.endswith("template.") for x in found["summary"]["cautions"])
-
-
-def test_an_endpoint_lacks_settings_of_checkpoints(tmp_path, two):
+    # an endpoint lacks settings that checkpoints have
+    endpoint = {k: v for k, v in SETTINGS.items() if k != "template"} | {"model": "api:gpt"}
     path = two[1] / "pope" / "results.json"
-    result = json.loads(path.read_text())
-    result["settings"] = {"task": "t", "questions": "1" * 64, "model": "api:gpt", "max_new_tokens": 16}
-    result["provenance"]["versions"] = {"hacl_llava": "0.2"}
-    path.write_text(json.dumps(result))
+    provenance = {"versions": {"hacl_llava": "0.2"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": endpoint, "provenance": provenance}))
     found, page = make(tmp_path, *two)
     assert found["settings_that_differ"] == [] and "different versions or commits" in page
 
@@ -389,8 +376,7 @@ def test_wrong_types_in_a_result_are_not_fatal(tmp_path, two, wrong):
 
 def test_an_unknown_kind_of_task_is_shown_but_not_compared(tmp_path, two):
     for folder in two:
-        path = folder / "pope" / "results.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "mme"}))
+        edited(folder, kind="mme")
     found, page = make(tmp_path, *two)
     assert "the kind of task is mme" in page and "0.583" in page
 
@@ -448,18 +434,14 @@ def test_gallery_of_captions_shows_what_hallucinates(tmp_path):
     assert c["mcnemar"]["only_b"] == 4 and "puppy (dog), dog" in page and "right, or nothing hallucinated" in page
 
 
-def test_thumbnails(tmp_path):
-    for size, expected in (
-        ((20, 10), (320, 160)),
-        ((1000, 500), (320, 160)),
-        ((200, 300), (200, 300)),
-        ((1, 900), (1, 320)),
-    ):
-        path = tmp_path / "x.png"
-        Image.effect_noise(size, 90).save(path)
-        (tmp_path / "y.jpg").write_bytes(thumbnail(path))
-        with Image.open(tmp_path / "y.jpg") as image:
-            assert image.size == expected, size
+@pytest.mark.parametrize(
+    "size, expected",
+    [((20, 10), (320, 160)), ((1000, 500), (320, 160)), ((200, 300), (200, 300)), ((1, 900), (1, 320))],
+)
+def test_thumbnails(tmp_path, size, expected):
+    Image.effect_noise(size, 90).save(tmp_path / "x.png")
+    with Image.open(io.BytesIO(thumbnail(tmp_path / "x.png"))) as image:
+        assert image.size == expected
     with pytest.raises(HaclError, match="No such file"):
         thumbnail(tmp_path / "none.png")
 
@@ -513,6 +495,15 @@ def test_the_same_seed_gives_the_same_report(tmp_path, two):
     assert (tmp_path / "one" / "evaluation.png").read_bytes() == (tmp_path / "two" / "evaluation.png").read_bytes()
 
 
+def test_the_page_is_made_from_what_report_json_holds(tmp_path, two):
+    write_training(two[0] / "train")
+    found, page = make(tmp_path, *two)
+    assert report.page(found, tmp_path / "out") == page
+    found["tasks"][0]["comparisons"][0]["metrics"]["f1"]["difference"] = 0.123456
+    assert "+0.123" in report.page(found, tmp_path / "out") and "+0.123" not in page
+    assert sorted(p.name for p in (tmp_path / "out").glob("report*")) == ["report.html", "report.json"]
+
+
 def test_a_report_inside_a_run_is_not_read_again(tmp_path, two):
     make(tmp_path, *two, output="plain/out")
     shutil.copytree(two[0] / "pope", two[0] / "out" / "pope")
@@ -558,4 +549,3 @@ def test_matplotlib_missing_names_the_extra(tmp_path, two, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     make(tmp_path, *two, status=2)
     assert "hacl_llava[plot]" in capsys.readouterr().err
-    assert report.main.__doc__

@@ -19,12 +19,11 @@ def smooth(values: Sequence[float]) -> list[float]:
     Centred, so that a curve that falls is not drawn later than it fell, and over as few on both sides at the start,
     where curves fall the most; at the end over those that are there.
     """
-    out, half = [], min(50, len(values) // 24)
-    for i, value in enumerate(values):
-        reach = min(half, i)
-        near = [v for v in values[i - reach : i + reach + 1] if not math.isnan(v)]
-        out.append(math.nan if math.isnan(value) else sum(near) / len(near))
-    return out
+    import numpy as np
+
+    reach = [min(50, len(values) // 24, i) for i in range(len(values))]
+    near = (values[i - k : i + k + 1] for i, k in enumerate(reach))
+    return [x if math.isnan(x) else float(np.nanmean(window)) for x, window in zip(values, near)]
 
 
 def lines_of(runs: Sequence[Run], stage: int) -> list[dict[str, Any]]:
