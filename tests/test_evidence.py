@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_from_nothing_to_a_report(tmp_path):
-    command = [sys.executable, "benchmarks/evidence.py", "--small", "--output", str(tmp_path), "--docs", ""]
+    command = [sys.executable, "benchmarks/evidence.py", "--small", "--output", str(tmp_path)]
+    command += ["--docs", str(tmp_path / "docs")]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     tasks = {"POPE mini random", "POPE mini popular", "POPE mini adversarial", "CHAIR"}
@@ -34,6 +35,14 @@ def test_from_nothing_to_a_report(tmp_path):
     assert len(set(values)) == 3
     page = (tmp_path / "report/report.html").read_text()
     assert all(f"{name}" in page for name in models) and page.count("data:image/png") >= 3
+    for folder in ("analysis", "report"):  # pages for docs/, with their pictures beside them
+        text, pictures = (
+            (tmp_path / "docs" / folder / "report.md").read_text(),
+            (tmp_path / "docs" / folder).glob("*.png"),
+        )
+        assert (
+            all(f'src="{picture.name}"' in text for picture in pictures) and "base64" not in text and "\n\n" not in text
+        )
     # The same command again finds everything made, and ends with the same figures.
     report = json.loads((tmp_path / "report/report.json").read_text())
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
