@@ -15,7 +15,7 @@ _LAZY = {
     "HaclLlavaLlamaForCausalLM": "model",
     "HaclLlavaMistralForCausalLM": "model",
     "HaclTrainer": "trainer",
-    "load_pretrained": "loading",
+    "load_pretrained": "checkpoints.load",
     "install": "integration",
 }
 __all__ = ["__version__", *_LAZY]

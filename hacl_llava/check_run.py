@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint import CheckpointError, Weights, is_whole, read_json
+from .common.weights import CheckpointError, Weights, is_whole, read_json
 from .compat import STATE_FILE
 from .config import HaclConfig, HaclError
 from .resume import MANIFEST, broken, checkpoints, ranks_of

@@ -66,14 +66,14 @@ def _patch(args):
 
 
 def _export(args):
-    from . import hub
-    from .checkpoint import export_to_hf, import_from_hf
+    from .checkpoints import hub
+    from .checkpoints.convert import export_to_hf, import_from_hf
 
     _check_hub_arguments(args)
     if args.to == "hf":
         export_to_hf(args.source, args.target, args.base, args.vision_tower)
     elif args.base:
-        from .loading import merge
+        from .checkpoints.load import merge
 
         merge(args.source, args.target, args.base, args.vision_tower)
     else:
@@ -84,7 +84,7 @@ def _export(args):
 
 
 def _card(args):
-    from . import hub
+    from .checkpoints import hub
 
     _check_hub_arguments(args)
     card = hub.write_card(args.folder, args.evaluation)
@@ -96,7 +96,7 @@ def _card(args):
 
 def _check_hub_arguments(args):
     """Say before long work what would stop the card or the push after it."""
-    from . import hub
+    from .checkpoints import hub
 
     if args.public and not args.push_to_hub:
         raise HaclError("--public is for --push_to_hub, which it makes readable for all.")
@@ -107,7 +107,7 @@ def _check_hub_arguments(args):
 
 
 def _push(args, folder):
-    from . import hub
+    from .checkpoints import hub
 
     if args.push_to_hub:
         url, private = hub.push(folder, args.push_to_hub, private=not args.public)
@@ -119,7 +119,7 @@ def _chat(args):
     import os
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
-    from .chat import run
+    from .checkpoints.chat import run
 
     return run(args)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import fused, representation
-from .checkpoint import is_whole
+from .common.weights import is_whole
 from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from .config import HaclConfig, HaclError
 from .loss import HaclLoss

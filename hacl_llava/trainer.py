@@ -19,8 +19,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from . import __version__
-from .checkpoint import save_tokenizer
 from .common.files import atomic
+from .common.weights import save_tokenizer
 from .compat import STATE_FILE, LLaVATrainer, end_in_order, savable_generation_config
 from .config import HaclError, RunSettings, on_first_rank
 from .nonfinite import NonFiniteGuard

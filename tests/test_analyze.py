@@ -17,12 +17,12 @@ from PIL import Image
 from test_loading import lora_folder, published, stage2  # noqa: F401  (a fixture)
 from workers import Command
 
-from hacl_llava.checkpoint import export_to_hf
+from hacl_llava.checkpoints.convert import export_to_hf
+from hacl_llava.checkpoints.load import Loaded, load_pretrained, merge
 from hacl_llava.common import statistics
 from hacl_llava.config import HaclConfig, HaclError
 from hacl_llava.evaluation import analyze, figures, measures, representations
 from hacl_llava.evaluation.representations import Extractor, extract, represent, sample_records
-from hacl_llava.loading import Loaded, load_pretrained, merge
 from hacl_llava.records import DataError
 from hacl_llava.representation import HaclHead
 

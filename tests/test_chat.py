@@ -22,6 +22,10 @@ from PIL import Image
 from workers import Command
 
 from hacl_llava import cli
+from hacl_llava.checkpoints.chat import Chat, _Answer, _converse, _do
+from hacl_llava.checkpoints.load import load_pretrained
+from hacl_llava.checkpoints.prompts import default_template
+from hacl_llava.common.images import open_image
 from hacl_llava.config import HaclError
 
 LONG = 1500  # tokens of an answer that takes seconds
@@ -53,14 +57,12 @@ def whole(mini, tmp_path_factory):
 
 @pytest.fixture
 def loaded(whole):
-    from hacl_llava.loading import load_pretrained
 
     return load_pretrained(whole, device="cpu")
 
 
 @pytest.fixture
 def chat(loaded):
-    from hacl_llava.chat import Chat
 
     return Chat(loaded, "v1", max_new_tokens=8, out=io.StringIO())
 
@@ -119,22 +121,18 @@ def prompts_of(chat, monkeypatch):
 def test_template_by_the_kind_of_checkpoint(path, base, kind, stage1, template):
     from llava.conversation import conv_templates
 
-    from hacl_llava.chat import default_template
-
     config = types.SimpleNamespace(model_type=kind, tune_mm_mlp_adapter=stage1)
     assert default_template(path, base, config, types.SimpleNamespace(chat_template=None)) == template
     assert template in conv_templates
 
 
 def test_a_chat_template_says_that_the_llm_saw_instructions():
-    from hacl_llava.chat import default_template
 
     config = types.SimpleNamespace(model_type="llava_llama", tune_mm_mlp_adapter=True)
     assert default_template("x", "llm", config, types.SimpleNamespace(chat_template="{{ messages }}")) == "v1"
 
 
 def test_images_that_cannot_be_opened(tmp_path, picture):
-    from hacl_llava.common.images import open_image
 
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "half.png").write_bytes(picture.read_bytes()[:200])
@@ -145,7 +143,6 @@ def test_images_that_cannot_be_opened(tmp_path, picture):
 
 
 def test_exif_orientation_is_not_applied_as_in_llava(tmp_path):
-    from hacl_llava.common.images import open_image
 
     image, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -153,54 +150,50 @@ def test_exif_orientation_is_not_applied_as_in_llava(tmp_path):
     assert open_image(str(tmp_path / "turned.jpg")).size == (40, 20)
 
 
-def test_words_and_characters_of_several_tokens_are_streamed_as_they_are_decoded(loaded):
-    from hacl_llava.chat import _Answer
+def streamed(tokenizer, end_of_turn, ids):
+    """What is on the screen after each token and at the end, and the answer."""
+    out, shown = io.StringIO(), []
+    answer = _Answer(tokenizer, end_of_turn, out)
+    answer.put(torch.tensor([[]], dtype=torch.long))  # the prompt's
+    for token in ids:
+        answer.put(torch.tensor([token]))
+        shown.append(out.getvalue())
+    answer.end()
+    return [*shown, out.getvalue()], answer
 
+
+def test_words_and_characters_of_several_tokens_are_streamed_as_they_are_decoded(loaded):
     tokenizer, rng = loaded.tokenizer, random.Random(0)
     foreign = tokenizer("é日本🙂", add_special_tokens=False).input_ids  # as bytes
+    line = tokenizer.convert_tokens_to_ids("<0x0A>")
     assert len(foreign) > 12
     for _ in range(40):
-        parts = [foreign if rng.random() < 0.2 else [rng.randrange(259, len(tokenizer))] for _ in range(30)]
+        parts = [rng.choice((foreign, [line], [rng.randrange(259, len(tokenizer))])) for _ in range(60)]
         ids = [1, *(token for part in parts for token in part), 2]
-        out, shown = io.StringIO(), [""]
-        answer = _Answer(tokenizer, "</s>", out)
-        answer.put(torch.tensor([[]], dtype=torch.long))
-        for token in ids:
-            answer.put(torch.tensor([token]))
-            shown.append(out.getvalue())
-            assert "\ufffd" not in shown[-1]  # a character's first bytes wait for the others
-        answer.end()
+        shown, answer = streamed(tokenizer, "</s>", ids)
+        assert not any("\ufffd" in text for text in shown)  # a character's first bytes wait for the others
         whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        assert out.getvalue() == answer.text == whole
+        assert shown[-1] == answer.text == whole
         assert all(b.startswith(a) for a, b in zip(shown, shown[1:])) and len(set(shown)) > 20
-    answer = _Answer(tokenizer, "</s>", io.StringIO())
-    answer.put(torch.tensor([[]], dtype=torch.long))
-    for token in foreign[:-1]:  # cut in the middle of a character
-        answer.put(torch.tensor([token]))
-    answer.end()
-    assert answer.out.getvalue() == answer.text and answer.text.startswith("é日本") and "\ufffd" in answer.text
+    shown, answer = streamed(tokenizer, "</s>", foreign[:-1])  # cut in the middle of a character
+    assert shown[-1] == answer.text and answer.text.startswith("é日本") and "\ufffd" in answer.text
 
 
-def test_the_end_of_a_turn_is_never_shown():
-    from hacl_llava.chat import _Answer
-
+def test_the_end_of_a_turn_is_never_shown_and_ends_the_answer(loaded, monkeypatch):
     tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids)))
-    out = io.StringIO()
-    answer = _Answer(tokenizer, "###", out)
-    answer.put(torch.tensor([[]], dtype=torch.long))
-    for i, character in enumerate(" #1 is ##red.\n##"):
-        assert not answer.complete
-        answer.put(torch.tensor([ord(character)]))
-        assert "###".startswith(answer.text[len(out.getvalue()) :].lstrip()), i
-    assert out.getvalue() == "#1 is ##red.\n"[: len(out.getvalue())]
-    answer.put(torch.tensor([ord("#")]))
-    assert answer.complete
-    answer.end()
-    assert out.getvalue() == answer.text == "#1 is ##red."
+    said = " #1 is ##red.\n## so###Human: and"
+    shown, answer = streamed(tokenizer, "###", map(ord, said))
+    want = said.partition("###")[0].strip()
+    assert shown[-1] == answer.text == want and all(want.startswith(text) for text in shown)
+    chat, made, generate = Chat(loaded, "v1", max_new_tokens=8, out=io.StringIO()), [], loaded.model.generate
+    monkeypatch.setattr(loaded.model, "generate", lambda *a, **k: made.append(generate(*a, **k)))
+    whole = chat.ask("Hi")
+    chat.turns.clear()
+    monkeypatch.setattr(chat.template, "sep2", whole.split()[1])
+    assert chat.ask("Hi") == whole.split()[0] and made[0].shape[1] == 8 > made[1].shape[1]
 
 
 def test_answers_are_those_of_generate_and_the_conversation_goes_on(chat, loaded, picture, monkeypatch, capfd):
-    from hacl_llava.common.images import open_image
 
     capfd.readouterr()
     chat.show(open_image(str(picture)))
@@ -243,7 +236,6 @@ def test_images_of_llava_16_are_counted(chat, loaded):
 
 
 def test_marks_around_the_image_where_the_checkpoint_has_them(chat, picture, loaded):
-    from hacl_llava.common.images import open_image
 
     loaded.model.config.mm_use_im_start_end = True
     chat.show(open_image(str(picture)))
@@ -254,8 +246,6 @@ def test_marks_around_the_image_where_the_checkpoint_has_them(chat, picture, loa
 
 
 def test_plain_gives_the_caption_whatever_is_asked(loaded, picture, monkeypatch):
-    from hacl_llava.chat import Chat
-    from hacl_llava.common.images import open_image
 
     chat = Chat(loaded, "plain", max_new_tokens=6, out=io.StringIO())
     seen = prompts_of(chat, monkeypatch)
@@ -265,8 +255,6 @@ def test_plain_gives_the_caption_whatever_is_asked(loaded, picture, monkeypatch)
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(loaded, picture, monkeypatch, capsys):
-    from hacl_llava.chat import Chat
-    from hacl_llava.common.images import open_image
 
     loaded.model.config.tokenizer_model_max_length = 200  # LLaVA would cut the question off there
     chat = Chat(loaded, "v1", max_new_tokens=8, out=io.StringIO())
@@ -288,7 +276,6 @@ def test_the_oldest_turns_go_when_the_context_is_full(loaded, picture, monkeypat
 
 
 def test_an_answer_ends_with_the_models_positions(loaded, capfd):
-    from hacl_llava.chat import Chat
 
     loaded.model.config.max_position_embeddings = 400
     chat = Chat(loaded, "v1", max_new_tokens=10**6, out=io.StringIO())
@@ -302,7 +289,6 @@ def test_an_answer_ends_with_the_models_positions(loaded, capfd):
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_keeps_what_was_written(loaded, presses, capsys):
-    from hacl_llava.chat import Chat, _do
 
     class Out(io.StringIO):
         def write(self, text):
@@ -332,7 +318,6 @@ def test_without_an_answer_a_turn_is_not_kept(chat):
 
 
 def test_sampling_keeps_the_checkpoints_settings_and_greedy_does_not(loaded):
-    from hacl_llava.chat import Chat
 
     greedy = Chat(loaded, "v1").settings
     assert greedy.do_sample is False and greedy.temperature != 0.9 and greedy.top_p != 0.6
@@ -343,7 +328,6 @@ def test_sampling_keeps_the_checkpoints_settings_and_greedy_does_not(loaded):
 
 
 def test_the_loop(chat, monkeypatch, capsys, picture, tmp_path):
-    from hacl_llava.chat import _converse
 
     lines = iter(
         ["", "What?", f"/image '{picture}'", "What?", "/image nowhere.png", "More?", "/reset", "/help", "/foo"]

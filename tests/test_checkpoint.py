@@ -18,9 +18,10 @@ from conftest import load
 from PIL import Image
 from safetensors.torch import save_file
 
-from hacl_llava import checkpoint
-from hacl_llava.checkpoint import CheckpointError, Weights, export_to_hf, import_from_hf
+from hacl_llava.checkpoints import convert as checkpoint
+from hacl_llava.checkpoints.convert import export_to_hf, import_from_hf
 from hacl_llava.cli import main
+from hacl_llava.common.weights import CheckpointError, Weights, save_tokenizer
 
 PROMPT = "USER: <image>\nIs there a red circle in the image? ASSISTANT:"
 PLAIN = """
@@ -313,7 +314,7 @@ def test_tokenizer_files_come_from_where_they_came(mini, tmp_path, monkeypatch):
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(mini.llm), use_fast=False)
     for name in ("folder", "cache", "nowhere"):
         (tmp_path / name).mkdir()
-    checkpoint.save_tokenizer(tokenizer, tmp_path / "folder", mini.llm)
+    save_tokenizer(tokenizer, tmp_path / "folder", mini.llm)
     want = (mini.llm / "tokenizer.model").read_bytes()
     assert (tmp_path / "folder/tokenizer.model").read_bytes() == want
 
@@ -324,7 +325,7 @@ def test_tokenizer_files_come_from_where_they_came(mini, tmp_path, monkeypatch):
     (tmp_path / "hub/models--some--vicuna/refs/main").write_text("0123")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
-    checkpoint.save_tokenizer(None, tmp_path / "cache", "some/vicuna")
+    save_tokenizer(None, tmp_path / "cache", "some/vicuna")
     assert (tmp_path / "cache/tokenizer.model").read_bytes() == want
-    checkpoint.save_tokenizer(None, tmp_path / "nowhere", "some/model-of-nowhere")
+    save_tokenizer(None, tmp_path / "nowhere", "some/model-of-nowhere")
     assert not list((tmp_path / "nowhere").iterdir())

@@ -122,9 +122,9 @@ def test_public_names_resolve():
 
 # Each room imports from rooms before it alone (docs/how-it-works.md).
 ROOMS = [
-    *("config", "loss", "packing", "common", "compat", "records", "hallucinate", "miniature", "checkpoint", "patching"),
-    *("hub", "representation", "fused", "model", "data", "nonfinite", "resume", "check_data", "check_run", "trainer"),
-    *("loading", "integration", "chat", "train", "demo", "evaluation", "cli"),
+    *("config", "loss", "packing", "common", "compat", "records", "hallucinate", "miniature", "patching"),
+    *("representation", "fused", "model", "data", "nonfinite", "resume", "check_data", "check_run", "trainer"),
+    *("checkpoints", "integration", "train", "demo", "evaluation", "cli"),
 ]
 
 

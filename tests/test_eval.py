@@ -112,7 +112,7 @@ def whole(checkpoint, images, questions, tmp_path_factory):
 
 @pytest.fixture
 def loaded(checkpoint):
-    from hacl_llava.loading import load_pretrained
+    from hacl_llava.checkpoints.load import load_pretrained
 
     return load_pretrained(checkpoint, device="cpu")
 
@@ -361,7 +361,7 @@ def test_a_run_writes_answers_items_results_and_asks_nothing_twice(
     entries = hub.read_evaluation(out / "evaluation.json")
     assert {"task": "POPE coco random", "metric": "accuracy", "value": right, "interval": [low, high]} in entries
     before = figures(out)
-    monkeypatch.setattr("hacl_llava.loading.load_pretrained", None)  # not called: there is nothing to ask
+    monkeypatch.setattr("hacl_llava.checkpoints.load.load_pretrained", None)  # not called: there is nothing to ask
     assert run(checkpoint, pope, images, out) == 0
     assert figures(out) == before
 
@@ -429,7 +429,7 @@ def refused(capsys, status, pattern):
 def test_a_wrong_image_folder_ends_the_run_before_the_model_is_loaded(
     checkpoint, pope, tmp_path, images, capsys, monkeypatch
 ):
-    monkeypatch.setattr("hacl_llava.loading.load_pretrained", None)
+    monkeypatch.setattr("hacl_llava.checkpoints.load.load_pretrained", None)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.png").write_bytes((images / "0.png").read_bytes())
     status = run(checkpoint, pope, tmp_path / "images", tmp_path / "out")
@@ -494,7 +494,7 @@ def test_another_model_cannot_use_the_folder_for_another_task(checkpoint, pope, 
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(checkpoint, pope, images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hacl_llava.loading.load_pretrained", None)
+    monkeypatch.setattr("hacl_llava.checkpoints.load.load_pretrained", None)
     out = tmp_path / "out"
     (tmp_path / "file").write_text("")
     for arguments, pattern in (
@@ -578,7 +578,7 @@ def test_a_damaged_journal_is_not_guessed_at(tmp_path):
 
 
 def test_other_kinds_of_checkpoint(mini, checkpoint, pope, images, tmp_path, capsys, whole):
-    from hacl_llava.checkpoint import export_to_hf
+    from hacl_llava.checkpoints.convert import export_to_hf
 
     export_to_hf(checkpoint, tmp_path / "hf")
     assert run(tmp_path / "hf", pope, images, tmp_path / "out-hf") == 0
@@ -863,7 +863,7 @@ def test_a_judge_that_refuses_the_key_takes_no_answers_and_no_other_results(
 def test_mmhal_without_a_judge_or_its_key_is_refused_before_loading(
     checkpoint, mmhal, images, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("hacl_llava.loading.load_pretrained", None)
+    monkeypatch.setattr("hacl_llava.checkpoints.load.load_pretrained", None)
     arguments = ("--model", checkpoint, "--mmhal", mmhal, "--device", "cpu")
     refused(capsys, command(tmp_path / "out", images, *arguments), "--mmhal needs --judge")
     status = command(tmp_path / "out", images, *arguments, "--judge", "api:x", "--judge-key-env", "NOT_SET")
@@ -874,7 +874,7 @@ def test_mmhal_without_a_judge_or_its_key_is_refused_before_loading(
 
 
 def test_captions_and_several_tasks_of_one_run(checkpoint, pope, images, tmp_path, monkeypatch):
-    from hacl_llava import loading
+    from hacl_llava.checkpoints import load as loading
 
     truth, loads, real = tmp_path / "truth.jsonl", [], loading.load_pretrained
     lines = [{"image": f"{i}.png", "captions": ["a dog"], "instances": [{"category": "cat"}]} for i in range(4)]
@@ -899,7 +899,7 @@ def test_results_name_what_answers_are_scored_by_and_a_new_truth_asks_nothing_an
         return json.loads((tmp_path / "out/chair/results.json").read_text())["settings"]
 
     first = settings("a dog")
-    monkeypatch.setattr("hacl_llava.loading.load_pretrained", None)
+    monkeypatch.setattr("hacl_llava.checkpoints.load.load_pretrained", None)
     other = settings("a cat")
     assert {k for k in first if first[k] != other[k]} == {"truth"} and first["synonyms"] == "own"
     (tmp_path / "list.txt").write_text("dog, puppy\ncat, kitten\n")

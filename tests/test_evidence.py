@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hacl_llava import hub
+from hacl_llava.checkpoints import hub
 
 ROOT = Path(__file__).parent.parent
 

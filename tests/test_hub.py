@@ -16,9 +16,10 @@ from conftest import load
 from hub_server import TOKEN, HubServer
 from safetensors.torch import save_file
 
-from hacl_llava import hub
-from hacl_llava.checkpoint import CheckpointError, export_to_hf
+from hacl_llava.checkpoints import hub
+from hacl_llava.checkpoints.convert import export_to_hf
 from hacl_llava.cli import main
+from hacl_llava.common.weights import CheckpointError
 from hacl_llava.config import HaclConfig, HaclError
 
 RESULTS = [
@@ -83,7 +84,7 @@ MODEL = {"README.md", "config.json", "mm_projector.bin", "hacl_head.safetensors"
 
 
 def hub_weights(folder):
-    from hacl_llava.checkpoint import Weights
+    from hacl_llava.common.weights import Weights
 
     weights = Weights(folder)
     return {n: weights[n].clone() for n in weights}
@@ -384,7 +385,7 @@ def test_signed_addresses_and_tokens_are_not_told():
 
 def test_a_branch_is_made_and_filled(stage1, llava):
     code = (
-        "import sys; from hacl_llava import hub; hub.write_card(sys.argv[1]); "
+        "import sys; from hacl_llava.checkpoints import hub; hub.write_card(sys.argv[1]); "
         "print(hub.push(sys.argv[1], 'me/x', revision='v2')); hub.push(sys.argv[1], 'me/x', revision='v2')"
     )
     with HubServer() as server:

@@ -99,7 +99,7 @@ def test_answers_are_those_of_eval_in_any_batch_and_order(make, records, mini):
 
 
 def test_projector_and_base(make, mini, tmp_path, records):
-    from hacl_llava.loading import merge
+    from hacl_llava.checkpoints.load import merge
 
     model, _ = load(mini)
     stage1, whole = tmp_path / "stage1", tmp_path / "whole"
@@ -167,7 +167,7 @@ def test_what_is_greedy_is_taken_and_other_kinds_of_request_are_not(make):
 
 
 def test_several_processes_take_their_own_gpu(make, monkeypatch):
-    from hacl_llava import loading
+    from hacl_llava.checkpoints import load as loading
 
     asked = []
 

@@ -17,7 +17,7 @@ from conftest import arguments, names_in
 from workers import ROOT, Run, slow_disk, trained
 
 from hacl_llava import cli
-from hacl_llava.checkpoint import Weights
+from hacl_llava.common.weights import Weights
 from hacl_llava.resume import broken
 
 LORA = (
@@ -242,7 +242,7 @@ def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, capfd, mon
     assert command("export", "--to", "hf", whole, tmp_path / "hf") == 0
     from test_loading import QUESTION, answer, stock_answer
 
-    from hacl_llava.loading import load_pretrained
+    from hacl_llava.checkpoints.load import load_pretrained
 
     image = mini.images / records[0]["image"]
     base = mini.llm if mode == "lora" else None
@@ -276,7 +276,7 @@ def test_qlora(mini, tmp_path):
     assert len(losses(output)) == 4
     names = {n for _, n in final(output)}
     assert any("lora_A" in n for n in names) and not any("absmax" in n for n in names)
-    from hacl_llava.loading import load_pretrained
+    from hacl_llava.checkpoints.load import load_pretrained
 
     assert load_pretrained(output, mini.llm, device="cpu").model.dtype == torch.float32
 

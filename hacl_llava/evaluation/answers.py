@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from ..chat import generation_settings, prompt_ids, say
+from ..checkpoints.prompts import generation_settings, prompt_ids, say
 from ..common.images import Images
 from ..config import HaclError
 from . import Question
@@ -23,7 +23,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, conv_templates
 
 if TYPE_CHECKING:
-    from ..loading import Loaded
+    from ..checkpoints.load import Loaded
 
 WAITING = 8  # batches' worth of images that wait for others of their kind at most
 

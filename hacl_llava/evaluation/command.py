@@ -136,8 +136,8 @@ class _Checkpoint:
     """A checkpoint to be loaded when it is known that there is something to ask."""
 
     def __init__(self, args):
-        from ..chat import check_arguments
-        from ..checkpoint import local_folder
+        from ..checkpoints.prompts import check_arguments
+        from ..common.weights import local_folder
         from .journal import digest_of
 
         check_arguments(args)
@@ -153,8 +153,8 @@ class _Checkpoint:
         self.settings |= {k: v for k, v in (("template", args.conv), ("dtype", args.dtype)) if v}
 
     def load(self, answered: bool) -> Any:
-        from ..chat import default_template
-        from ..loading import load_pretrained
+        from ..checkpoints.load import load_pretrained
+        from ..checkpoints.prompts import default_template
         from .answers import Answerer
         from .engine import say
 

@@ -51,8 +51,8 @@ class HaclLlava(lmms):
         super().__init__()
         import torch
 
-        from ..chat import default_template
-        from ..loading import load_pretrained
+        from ..checkpoints.load import load_pretrained
+        from ..checkpoints.prompts import default_template
         from .answers import Answerer
 
         # isort: split

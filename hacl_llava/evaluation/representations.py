@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import compat  # noqa: F401  (before llava)
-from ..checkpoint import is_whole, local_folder, read_json
+from ..checkpoints.load import Loaded, load_pretrained
 from ..common.files import atomic
 from ..common.images import Images
+from ..common.weights import is_whole, local_folder, read_json
 from ..config import HaclConfig, HaclError
 from ..data import tokenize_caption
 from ..fused import IMAGE_TOKEN_INDEX
-from ..loading import Loaded, load_pretrained
 from ..records import (
     DataError,
     caption_of,

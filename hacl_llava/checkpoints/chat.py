@@ -2,28 +2,24 @@
 
 import argparse
 import contextlib
-import copy
-import os
 import signal
 import sys
+import types
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import TextStreamer
 
-from . import compat  # noqa: F401  (before llava)
-from .common.images import open_image
-from .config import HaclError
-from .loading import Loaded, load_pretrained
+from ..common.images import open_image
+from ..config import HaclError
+from .load import Loaded, load_pretrained
+from .prompts import check_arguments, default_template, generation_settings, prompt_ids, say
 
 # isort: split
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import Conversation, SeparatorStyle, conv_templates
-from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.mm_utils import process_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,126 +28,31 @@ HELP = """/image FILE  start anew with this image
 /reset       start anew with the same image
 /quit        end, as Ctrl-D and Ctrl-C do; while an answer is written, Ctrl-C stops it
 Anything else goes to the model."""
-# What a checkpoint's generation_config says of these is not for one streamed answer, or (sampling) not for greedy ones.
-_NOT_KEPT = ("max_length", "min_length", "num_beams", "num_return_sequences")
-_SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
 
 HINT = "; give the path of an image"
 
 
-def default_template(
-    path: str | os.PathLike,
-    base: str | os.PathLike | None,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
-    """The conversation template that a checkpoint was trained with, as far as its kind and names tell.
-
-    Args:
-        path: the checkpoint's folder or name. base: its language model's, or None.
-        config: the model's. tokenizer: the language model's.
-
-    Returns:
-        A name of ``llava.conversation.conv_templates``.
-    """
-    stage1 = getattr(config, "tune_mm_mlp_adapter", False)
-    name = get_model_name_from_path(str(Path(stage1 and base or path).absolute())).lower()
-    instructed = any(word in name for word in ("vicuna", "chat", "instruct")) or tokenizer.chat_template
-    if stage1 and not instructed:
-        return "plain"
-    if config.model_type == "llava_mistral" and "mistral_instruct" in conv_templates:
-        return "mistral_instruct"
-    return "llava_llama_2" if "llama-2" in name else "chatml_direct" if "v1.6-34b" in name else "v1"
-
-
-def generation_settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 0.0
-) -> GenerationConfig:
-    """A checkpoint's own generation settings, without what is not for one answer or (temperature 0) a greedy one.
-
-    Returns:
-        A ``GenerationConfig``, to be handed to ``generate`` and put in place of the model's own: newer transformers
-        look there for what they find unset.
-    """
-    settings = copy.deepcopy(model.generation_config)
-    for name in _NOT_KEPT if temperature else _NOT_KEPT + _SAMPLING:
-        setattr(settings, name, getattr(GenerationConfig(), name, None))
-    settings.do_sample, settings.use_cache = temperature > 0, True
-    settings.pad_token_id = settings.pad_token_id or 0  # never seen: rows are cut at their end
-    if temperature:
-        settings.temperature = temperature
-    if settings.eos_token_id is None:
-        settings.eos_token_id = tokenizer.eos_token_id
-    return settings
-
-
-def prompt_ids(
-    turns: Sequence[tuple[str, str | None]],
-    template: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    image: bool = True,
-) -> torch.Tensor:
-    """The prompt of a conversation, built as LLaVA's ``eval/model_vqa_loader.py`` builds that of one question.
-
-    Args:
-        turns: [(question, answer)], the last answer None. template: a ``Conversation``. tokenizer: the model's.
-        config: the model's. image: whether the first question is about an image.
-
-    Returns:
-        Token ids [1, n], ``IMAGE_TOKEN_INDEX`` where the image goes. The ``plain`` template, which asks nothing, gives
-        the image alone, as stage 1 trains it.
-    """
-    image = DEFAULT_IMAGE_TOKEN if image else ""
-    if template.sep_style == SeparatorStyle.PLAIN:
-        prompt = image or turns[-1][0]
-    else:
-        if image and getattr(config, "mm_use_im_start_end", False):
-            image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-        before, conv = image and image + "\n", template.copy()
-        for asked, answered in turns:
-            conv.append_message(conv.roles[0], before + asked)
-            conv.append_message(conv.roles[1], answered)
-            before = ""
-        prompt = conv.get_prompt()
-    return tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
-
-
-class _Answer(BaseStreamer):
-    """Writes the text of the tokens as they come, without what ends a turn."""
+class _Answer(TextStreamer):
+    """Writes an answer word by word as it comes, without what ends a turn."""
 
     def __init__(self, tokenizer, end_of_turn, out):
-        self.tokenizer, self.end_of_turn, self.out = tokenizer, end_of_turn, out
-        self.prompt_seen, self.ids, self.start, self.read = False, [], 0, 0
-        self.raw, self.text, self.shown, self.complete = "", "", 0, False
+        super().__init__(types.SimpleNamespace(decode=self._decode), skip_prompt=True)
+        self.decoder, self.end_of_turn, self.out, self.raw, self.text = tokenizer, end_of_turn, out, "", ""
+        self.line, self.before = [], []  # tokens of this line, and the last one of the line before it
 
-    def put(self, value):
-        if not self.prompt_seen:  # it comes first
-            self.prompt_seen = True
-            return
-        self.ids += value.flatten().tolist()
-        self._take()
-        begun = (n for n in range(len(self.end_of_turn), 0, -1) if self.text.endswith(self.end_of_turn[:n]))
-        self._show(self.text[: len(self.text) - next(begun, 0)].rstrip())
-
-    def end(self):
-        self._take(last=True)
-        self._show(self.text)
-
-    def _take(self, last=False):
-        # A token's text depends on the one before it (spaces), and may be a part of a character. Decoding all of them
-        # for each would slow long answers down: those before `start` are done with, those before `read` are in `raw`.
-        ends = (self.read, len(self.ids))
+    def _decode(self, ids):
+        # TextStreamer decodes each line by itself; alone, a line would lose the space that it begins with.
+        if ids[: len(self.line)] != self.line:
+            self.before = self.line[-1:]
+        self.line = list(ids)
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        before, now = (self.tokenizer.decode(self.ids[self.start : end], **options) for end in ends)
-        if last or (len(now) > len(before) and not now.endswith("\ufffd")):
-            self.raw += now[len(before) :]
-            self.start, self.read = ends
-        text, end, _ = self.raw.partition(self.end_of_turn)
-        self.text, self.complete = text.strip(), bool(end)
+        before, text = (self.decoder.decode(i, **options) for i in (self.before, self.before + self.line))
+        return text[len(before) :]
 
-    def _show(self, text):
-        new, self.shown = text[self.shown :], max(self.shown, len(text))
+    def on_finalized_text(self, text, stream_end=False):
+        self.raw += text  # whole words: an end of turn is never in two of them
+        text = self.raw.partition(self.end_of_turn)[0].strip()
+        new, self.text = text[len(self.text) :], text
         self.out.write(new)
         self.out.flush()
 
@@ -224,7 +125,8 @@ class Chat:
             del turns[0]
         if len(turns) < len(self.turns):
             say(f"(too long for the model by now: the oldest {len(self.turns) - len(turns)} turns are dropped)")
-        answer = _Answer(self.tokenizer, self.template.sep2 or self.template.sep, self.out)
+        end = self.template.sep2 or self.template.sep
+        answer = _Answer(self.tokenizer, end, self.out)
         self.settings.max_new_tokens = min(self.max_new_tokens, self.context - length)
         try:
             with torch.inference_mode():
@@ -234,7 +136,7 @@ class Chat:
                     image_sizes=self.sizes,
                     generation_config=self.settings,
                     streamer=answer,
-                    stopping_criteria=[lambda *_, **__: self.stopped or answer.complete],
+                    stopping_criteria=[lambda ids, *_, **__: self.stopped or self._ends(ids, end)],
                 )
         except KeyboardInterrupt:
             if not self.stopped:
@@ -247,24 +149,12 @@ class Chat:
         self.turns = turns
         return answer.text
 
+    def _ends(self, ids, end):
+        return end in self.tokenizer.decode(ids[0, -len(end) :])  # a token has a character at least
+
     def _prompt(self, turns, question):
         turns, image = (*turns, (question, None)), self.pixels is not None
         return prompt_ids(turns, self.template, self.tokenizer, self.model.config, image).to(self.model.device)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse ``args.device`` where this machine has no such, and ``args.conv`` where LLaVA has no such template."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    if args.device not in (None, *devices):
-        raise HaclError(f"--device is {args.device!r}; allowed on this machine: {', '.join(devices)}.")
-    if args.conv not in (None, *conv_templates):
-        raise HaclError(f"--conv is {args.conv!r}; allowed are: {', '.join(sorted(conv_templates))}.")
-
-
-def say(text: str) -> None:
-    """Print what is no answer."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,4 @@
-"""Model cards for checkpoint folders, and the way of such a folder to the Hugging Face hub.
-
-Nothing heavy is imported before it is needed: `checkpoint` brings torch with it.
-"""
+"""Model cards for checkpoint folders, and the way of such a folder to the Hugging Face hub."""
 
 import json
 import math
@@ -11,10 +8,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .common.files import read_json, write_text
-from .common.report import TEMPLATES, literal, table
-from .config import HaclError
+from safetensors import safe_open
+
+from .. import __version__
+from ..common.files import read_json as read_any_json
+from ..common.files import write_text
+from ..common.report import TEMPLATES, literal, table
+from ..common.weights import CheckpointError, Weights, kind_of, read_json
+from ..config import HaclError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -31,7 +32,7 @@ _LEFT_OUT = (  # the state of a run, half-written files, hidden ones: none of it
 )
 _LEFT_OUT += tuple(f"*/{pattern}" for pattern in _LEFT_OUT)
 _NEEDED = {
-    "stage1": ("mm_projector.bin", "config.json"),
+    "projector": ("mm_projector.bin", "config.json"),
     "lora": ("adapter_config.json", "non_lora_trainables.bin", "config.json"),
     "llava": ("config.json", "tokenizer_config.json"),
     "hf": ("config.json", "tokenizer_config.json", "preprocessor_config.json"),
@@ -41,24 +42,21 @@ _RESULT = '{"task": "POPE random", "metric": "f1", "value": 0.87, "interval": [0
 
 
 def _kind_of(folder):
-    """One of ``stage1``, ``lora``, ``llava`` and ``hf``; a folder that is none of them is refused."""
-    from .checkpoint import CheckpointError, is_whole, read_json
-
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no folder; give {_KNOWN}.")
-    config = _dict(read_json(folder / "config.json")) if (folder / "config.json").exists() else {}
-    if (folder / "adapter_config.json").exists():
-        return "lora"
-    if "LlavaForConditionalGeneration" in (config.get("architectures") or ()):
-        return "hf"
-    if is_whole(folder) and "mm_vision_tower" in config:
-        return "llava"
-    if (folder / "mm_projector.bin").exists():
-        return "stage1"
-    raise CheckpointError(f"{folder}: is no checkpoint that is known here, which are {_KNOWN}.")
+    """``projector``, ``lora``, ``llava`` or ``hf``; a folder that is none of them is refused."""
+    config = _read(folder, "config.json")
+    kind = kind_of(folder, config)
+    if kind is None or kind == "llava" and "mm_vision_tower" not in config:
+        what = "no checkpoint that is known here, which are" if folder.is_dir() else "no folder; give"
+        raise CheckpointError(f"{folder}: is {what} {_KNOWN}.")
+    return kind
 
 
 # ---- what the files say
+
+
+def _read(folder, name):
+    """The object in a json file of the folder; {} where there is none."""
+    return read_json(folder / name) if (folder / name).exists() else {}
 
 
 def _dict(value):
@@ -83,65 +81,59 @@ def _shown(value):
     return f"{value:.4g}" if isinstance(value, float) else _named(value) if isinstance(value, str) else str(value)
 
 
+def _head(folder):
+    """What the heads' file says: its metadata, the settings among them parsed."""
+    file = folder / "hacl_head.safetensors"
+    if not file.exists():
+        return {}
+    try:
+        with safe_open(file, "pt") as opened:
+            said = opened.metadata() or {}
+        return said | {"hacl": json.loads(said.get("hacl", "{}"))}
+    except Exception as error:
+        raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}).") from None
+
+
 def _facts(folder):
     """What the files of a folder say of its making, fit to be published; nothing is unpickled.
 
     Returns:
         base: the language model's name. tower: the vision tower's. hacl, training, versions: {name: text}.
     """
-    from .checkpoint import CheckpointError, read_json
-
-    def read(name):
-        return _dict(read_json(folder / name)) if (folder / name).exists() else {}
-
-    config, adapter, state = read("config.json"), read("adapter_config.json"), read("trainer_state.json")
-    head = {}
-    if (folder / "hacl_head.safetensors").exists():
-        from safetensors import safe_open
-
-        try:
-            with safe_open(folder / "hacl_head.safetensors", "pt") as file:
-                head = file.metadata() or {}
-            hacl = json.loads(head.get("hacl", "{}"))
-        except Exception as error:
-            raise CheckpointError(f"{folder}/hacl_head.safetensors: cannot be read ({type(error).__name__}).") from None
-    else:
-        hacl = {}
+    config, adapter, state, head = (
+        *(_read(folder, name) for name in ("config.json", "adapter_config.json", "trainer_state.json")),
+        _head(folder),
+    )
     base = adapter.get("base_model_name_or_path") or config.get("_name_or_path")
     tower = config.get("mm_vision_tower") or _dict(config.get("hacl_llava")).get("mm_vision_tower")
     log = [entry for entry in state.get("log_history") or () if isinstance(entry, dict)]
     last = next((entry for entry in reversed(log) if "loss" in entry), {})
     rates = [entry["learning_rate"] for entry in log if isinstance(entry.get("learning_rate"), (int, float))]
-    training = {
-        "steps": state.get("global_step"),
-        "epochs": state.get("epoch"),
-        "batch size of a device": state.get("train_batch_size"),
-        "highest logged learning rate": max(rates, default=None),
-        **{f"last logged {name}": last.get(name) for name in _LOGGED},
-        "LoRA rank": adapter.get("r"),
-        "LoRA alpha": adapter.get("lora_alpha"),
+    facts = {
+        "hacl": _dict(config.get("hacl")) or _dict(head.get("hacl")),
+        "training": {
+            "steps": state.get("global_step"),
+            "epochs": state.get("epoch"),
+            "batch size of a device": state.get("train_batch_size"),
+            "highest logged learning rate": max(rates, default=None),
+            **{f"last logged {name}": last.get(name) for name in _LOGGED},
+            "LoRA rank": adapter.get("r"),
+            "LoRA alpha": adapter.get("lora_alpha"),
+        },
+        "versions": {
+            "hacl_llava of the training": head.get("hacl_llava"),
+            "transformers": config.get("transformers_version"),
+            "peft": adapter.get("peft_version"),
+        },
     }
-    versions = {
-        "hacl_llava of the training": head.get("hacl_llava"),
-        "transformers": config.get("transformers_version"),
-        "peft": adapter.get("peft_version"),
-    }
-    facts = {"hacl": _dict(config.get("hacl")) or _dict(hacl), "training": training, "versions": versions}
     facts = {part: {k: _shown(v) for k, v in values.items() if v is not None} for part, values in facts.items()}
     # transformers writes the folder itself there where a checkpoint was loaded and saved again
     base = base if base and _named(base) != _name_of(folder) else None
     return {"base": base and _named(base), "tower": tower and _named(tower), **facts}
 
 
-def _merged(facts, others):
-    """``facts``, with what is missing there from ``others``."""
-    return {part: value or others.get(part) or value for part, value in facts.items()}
-
-
 def _is_ours(card):
     """Whether a README.md may be replaced: one that this module wrote, or peft's own form that nobody has filled in."""
-    from .checkpoint import CheckpointError
-
     try:
         text = card.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -160,41 +152,44 @@ def read_evaluation(path: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         HaclError: it is no such file; the message names the entry.
     """
-
-    def number(value):
-        try:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        except OverflowError:  # an integer of hundreds of digits
-            return False
-
-    results = read_json(path)
+    results = read_any_json(path)
     if not isinstance(results, list) or not results:
         raise HaclError(f"{path}: holds {str(results)[:60]}, expected a list of results like {_RESULT}.")
     seen = set()
     for i, result in enumerate(results):
-
-        def refuse(what, i=i):
-            raise HaclError(f"{path}: result {i} {what}; expected is {_RESULT} (interval may be missing).")
-
-        if not isinstance(result, dict):
-            refuse(f"is a {type(result).__name__}")
-        if unknown := sorted(set(result) - {"task", "metric", "value", "interval"}):
-            refuse(f"has the unknown keys {unknown}")
-        for key in ("task", "metric"):
-            text = result.get(key)
-            if not isinstance(text, str) or not text.strip() or not text.isprintable():
-                refuse(f"has the {key} {text!r}, expected a line of text")
-        if not number(result.get("value")):
-            refuse(f"has the value {result.get('value')!r}, expected a finite number")
-        interval = result.get("interval", [0, 0])
-        if not isinstance(interval, list) or len(interval) != 2 or not all(map(number, interval)):
-            refuse(f"has the interval {interval!r}, expected two finite numbers")
-        if interval[0] > interval[1]:
-            refuse(f"has the interval {interval!r}, which begins above its end")
-        if (result["task"], result["metric"]) in seen:
-            refuse(f"repeats {result['metric']} of {result['task']}")
+        if problem := _problem_of(result, seen):
+            raise HaclError(f"{path}: result {i} {problem}; expected is {_RESULT} (interval may be missing).")
         seen.add((result["task"], result["metric"]))
     return results
+
+
+def _problem_of(result, seen):
+    """What is wrong with one result, or None. ``seen``: (task, metric) of those before it."""
+    if not isinstance(result, dict):
+        return f"is a {type(result).__name__}"
+    if unknown := sorted(set(result) - {"task", "metric", "value", "interval"}):
+        return f"has the unknown keys {unknown}"
+    for key in ("task", "metric"):
+        text = result.get(key)
+        if not isinstance(text, str) or not text.strip() or not text.isprintable():
+            return f"has the {key} {text!r}, expected a line of text"
+    if not _is_number(result.get("value")):
+        return f"has the value {result.get('value')!r}, expected a finite number"
+    interval = result.get("interval", [0, 0])
+    if not isinstance(interval, list) or len(interval) != 2 or not all(map(_is_number, interval)):
+        return f"has the interval {interval!r}, expected two finite numbers"
+    if interval[0] > interval[1]:
+        return f"has the interval {interval!r}, which begins above its end"
+    if (result["task"], result["metric"]) in seen:
+        return f"repeats {result['metric']} of {result['task']}"
+    return None
+
+
+def _is_number(value):
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 # ---- the card
@@ -227,47 +222,25 @@ def write_card(
         CheckpointError: the folder is none of these, or a file of it is damaged.
         HaclError: the evaluation file is not usable.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    from .checkpoint import CheckpointError, read_json
+    from huggingface_hub import ModelCard
 
     folder = Path(folder)
-    kind, name = _kind_of(folder), _name_of(folder)
+    kind, card = _kind_of(folder), folder / CARD
     results = read_evaluation(evaluation) if evaluation else []
-    card = folder / CARD
     facts = _facts(folder)
     if source:
-        facts = _merged(facts, _facts(Path(source)))
+        told = _facts(Path(source))
+        facts = {part: value or told[part] for part, value in facts.items()}
     if base:
         facts["base"] = _named(base)
     if (card.exists() or card.is_symlink()) and not _is_ours(card):
         return None
-    config = _dict(read_json(folder / "config.json")) if (folder / "config.json").exists() else {}
-
-    data = ModelCardData(
-        library_name="transformers" if kind == "hf" else "llava",
-        pipeline_tag="image-text-to-text",
-        tags=["llava", *(["hacl"] if facts["hacl"] else []), *(["lora"] if kind == "lora" else [])],
-        base_model=facts["base"] if facts["base"] and _is_hub_id(facts["base"]) else None,
-        model_name=name if results else None,  # belongs to them
-        eval_results=[
-            EvalResult(
-                task_type="image-text-to-text",
-                dataset_type=re.sub(r"\W+", "-", r["task"].lower()).strip("-") or "task",
-                dataset_name=r["task"],
-                metric_type=r["metric"],
-                metric_value=r["value"],
-            )
-            for r in results
-        ]
-        or None,
-    )
     settings = [*facts["training"].items(), *((f"hacl_{k}", v) for k, v in facts["hacl"].items())]
     versions = [*facts["versions"].items(), ("hacl_llava of this card", __version__)]
     rows = [(r["task"], r["metric"], r["value"], " to ".join(map(str, r.get("interval", ())))) for r in results]
-    llm, tower = facts["base"] or "the-language-model", facts["tower"]
+    llm, tower, name = facts["base"] or "the-language-model", facts["tower"], _name_of(folder)
     text = ModelCard.from_template(
-        data,
+        _front_matter(kind, name, facts, results),
         template_path=TEMPLATES / "card.md.j2",
         mark=_MARK,
         kind=kind,
@@ -276,7 +249,7 @@ def write_card(
         base=facts["base"] and literal(facts["base"]),
         tower=tower and literal(tower),
         hacl=bool(facts["hacl"]),
-        mistral="mistral" in str(config.get("model_type")),
+        mistral="mistral" in str(_read(folder, "config.json").get("model_type")),
         tower_is_path=kind != "hf" and bool(tower) and not _is_hub_id(tower),
         loaded_with=llm if _is_hub_id(llm) else f"path/to/{llm}",
         training=settings and table(("setting", "value"), settings),
@@ -288,6 +261,31 @@ def write_card(
     except OSError as error:
         raise CheckpointError(f"{card}: cannot be written ({error.strerror}).") from None
     return card
+
+
+def _front_matter(kind, name, facts, results):
+    """What the hub reads of a card."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = "image-text-to-text"
+    evaluated = [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"\W+", "-", r["task"].lower()).strip("-") or "task",
+            dataset_name=r["task"],
+            metric_type=r["metric"],
+            metric_value=r["value"],
+        )
+        for r in results
+    ]
+    return ModelCardData(
+        library_name="transformers" if kind == "hf" else "llava",
+        pipeline_tag=task,
+        tags=["llava", *(["hacl"] if facts["hacl"] else []), *(["lora"] if kind == "lora" else [])],
+        base_model=facts["base"] if facts["base"] and _is_hub_id(facts["base"]) else None,
+        model_name=name if results else None,  # belongs to them
+        eval_results=evaluated or None,
+    )
 
 
 # ---- the hub
@@ -321,8 +319,6 @@ def client(repo_id: str) -> "HfApi":
 
 def _check_whole(folder):
     """Refuse a folder that lacks something, or holds a damaged file of weights."""
-    from .checkpoint import CheckpointError, Weights
-
     if _name_of(folder).endswith(".part"):
         raise CheckpointError(f"{folder}: is half-written, by its name; let the export end, or give it again.")
     kind = _kind_of(folder)
@@ -335,7 +331,7 @@ def _check_whole(folder):
     if kind == "lora":
         if not any((folder / f"adapter_model.{suffix}").exists() for suffix in ("safetensors", "bin")):
             raise CheckpointError(f"{folder}: has no adapter_model.safetensors or .bin, so it is not whole.")
-    elif kind != "stage1" and (missing := sorted(set(Weights(folder)) - held)):
+    elif kind != "projector" and (missing := sorted(set(Weights(folder)) - held)):
         raise CheckpointError(f"{folder}: its index names {missing[0]}, which is in no shard; copy them all again.")
     if (folder / "vision_tower").is_dir():
         Weights(folder / "vision_tower")

@@ -1,0 +1,1 @@
+"""LLaVA checkpoints: read, loaded, converted, talked to, described and pushed."""
