@@ -123,16 +123,23 @@ def _load(checkpoint, options, vision_tower, hacl=False):
             tower.load_model()
         if not checkpoint.tower:
             model.config.mm_vision_tower = _origin(checkpoint) or str(folder)
-    if checkpoint.kind != "hf" and values.get("unfreeze_mm_vision_tower"):
+    if values.get("unfreeze_mm_vision_tower"):
         model.config.unfreeze_mm_vision_tower = True
-        names = [n for n in tower.vision_tower.state_dict() if "position_ids" not in n]
-        own = {n: checkpoint.weight(TOWER + n.removeprefix("vision_model.")) for n in names}
-        tower.vision_tower.load_state_dict(own, strict=False)
+        _place(tower, checkpoint.tensors)
+    elif checkpoint.tower:
+        _place(tower, checkpoint.beside)
     tower.to(device=model.get_input_embeddings().weight.device, dtype=options["torch_dtype"])
     if hacl and not model.load_hacl_head(folder, tokenizer.eos_token_id):
         model.enable_hacl(HaclConfig.from_dict(values.get("hacl", HaclConfig().to_dict())), tokenizer.eos_token_id)
     context = getattr(model.config, "max_sequence_length", 2048)  # as LLaVA's loader
     return Loaded(tokenizer, model.eval(), tower.image_processor, context)
+
+
+def _place(tower, tensors):
+    """Give a tower its weights: what transformers 5 has written, older ones would start at random."""
+    names = [n for n in tower.vision_tower.state_dict() if "position_ids" not in n]
+    found = {n: tensors[TOWER + n.removeprefix("vision_model.")] for n in names}
+    tower.vision_tower.load_state_dict({n: weights[stored] for n, (weights, stored) in found.items()}, strict=False)
 
 
 def _tower_name(checkpoint, vision_tower):

@@ -56,6 +56,7 @@ class Checkpoint:
     tensors: dict[str, tuple[Weights, str]]  # of the language model and its folder, by LLaVA's names
     over: dict[str, tuple[Weights, str]] = field(default_factory=dict)  # a projector's or LoRA's, in place of these
     own_tower: bool = False  # whether the tower's weights are among the checkpoint's own
+    beside: dict[str, tuple[Weights, str]] = field(default_factory=dict)  # the tower's in its own folder
 
     def weight(self, name: str) -> torch.Tensor:
         """A tensor by LLaVA's name; of Hugging Face's form without the rows that it adds to the vocabulary."""
@@ -259,13 +260,14 @@ def _check_tower(found):
             f"gives {tower.hidden_size}; name the one it was trained with as vision_tower."
         )
     own = {name: where for name, where in found.tensors.items() if name.startswith(TOWER)}
-    if found.own_tower:
+    if found.own_tower and not found.values.get("quantization_config"):
         _compare(found.language, own, _tower_shapes(found.vision), "the vision tower's config asks for")
     if found.tower:
         shapes, there = _tower_shapes(tower), _tensors(Weights(found.tower), _CLIP)
         there = {name: where for name, where in there.items() if name in shapes}  # of a whole CLIP, its tower alone
         _compare(found.tower, there, shapes, "the vision tower's config asks for")
         read_json(found.tower / "preprocessor_config.json")
+        found.beside = there
         if not found.own_tower:
             found.tensors |= there
 

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Of a name on the hub; some hold the same weights in other libraries' formats, too.
+_FETCHED = ["*.json", "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "mm_projector.bin", "*.model"]
+_FETCHED += ["non_lora_trainables.bin"]
+
+
 class CheckpointError(HaclError):
     """A checkpoint that cannot be read or converted; the message names the file and the tensor."""
 
@@ -141,7 +146,7 @@ def local_folder(path: str | os.PathLike, what: str = "", hint: str = "give a fo
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"]))
+            return Path(snapshot_download(str(path), allow_patterns=_FETCHED, ignore_patterns="open_clip*"))
         except Exception as error:
             why = f", and the hub does not give it ({first_line(error, 160)})"
     raise CheckpointError(f"{what}{path}: is no folder{why}; {hint}.")
