@@ -275,9 +275,8 @@ def _check_tower(found):
 def _tower_shapes(config):
     with torch.device("meta"):
         state = CLIPVisionModel(config).state_dict()
-    return {
-        TOWER + n.removeprefix("vision_model."): tuple(v.shape) for n, v in state.items() if "position_ids" not in n
-    }
+    kept = (n for n in state if not _NOT_KEPT.search(n))
+    return {TOWER + n.removeprefix("vision_model."): tuple(state[n].shape) for n in kept}
 
 
 def _check_language(found, model):
@@ -295,12 +294,11 @@ def _check_language(found, model):
         found.over = _tensors(Weights(others), _LORA)
         _compare_over(found, others, expected, beside)
     tensors = {name: where for name, where in found.tensors.items() if not name.startswith(TOWER)}
-    shapes = dict(expected)
     for name in tensors:
         if found.kind == "hf" and name.endswith(ROWS):  # filled up beyond the vocabulary
             weights, stored = tensors[name]
-            shapes[name] = (max(weights.shape(stored)[0], expected[name][0]), *expected[name][1:])
-    _compare(found.language, tensors, shapes, may_lack=may_lack)
+            expected[name] = (max(weights.shape(stored)[0], expected[name][0]), *expected[name][1:])
+    _compare(found.language, tensors, expected, may_lack=may_lack)
     if found.kind == "lora":
         _check_adapter(found.folder, model)
 
@@ -308,10 +306,11 @@ def _check_language(found, model):
 def _compare_over(found, others, expected, beside):
     """Compare what lies beside a projector or adapter, and see that a projector is there."""
     shapes = dict(expected)
-    for name, (weights, stored) in found.over.items():
-        rows = weights.shape(stored)[0]
-        if name.endswith(ROWS) and found.added and rows in (found.added, len(found.tokenizer)):
-            shapes[name] = (rows, *expected[name][1:])  # old stage 1 trained the added tokens' rows alone
+    for name in found.over if found.added else ():
+        if name.endswith(ROWS):  # old stage 1 trained the added tokens' rows alone
+            weights, stored = found.over[name]
+            rows = weights.shape(stored)[0]
+            shapes[name] = (rows if rows == found.added else len(found.tokenizer), *expected[name][1:])
     _compare(others, found.over, shapes, may_lack=expected)
     placed, hint = found.over, ""
     if found.kind == "lora":
@@ -334,6 +333,4 @@ def _check_adapter(folder, model):
         asked = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(folder)))
     expected = {n.replace(".default", ""): tuple(p.shape) for n, p in asked.named_parameters() if ".lora_" in n}
     found = {n: (weights, n) for n in weights if ".lora_" in n}
-    _compare(
-        adapter, found, expected, "adapter_config.json asks for on this base (is it what the LoRA was trained on?)"
-    )
+    _compare(adapter, found, expected, "adapter_config.json asks for on this base (was the LoRA trained on it?)")
