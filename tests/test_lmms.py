@@ -203,7 +203,7 @@ def commands():
 
 
 def test_settings_in_the_page_exist(adapter):
-    from hacl_llava.loading import load_pretrained
+    from hacl_llava.checkpoints.load import load_pretrained
 
     known = {
         name for function in (adapter.HaclLlava, load_pretrained) for name in inspect.signature(function).parameters
