@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from workers import Command
 
-from hacl_llava import cli, hub
+from hacl_llava import cli
+from hacl_llava.checkpoints import hub
 from hacl_llava.config import HaclError
 from hacl_llava.evaluation import Question, journal
 
