@@ -211,6 +211,8 @@ class Extractor:
             raise HaclError("the tokenizer has no EOS token, whose state is the global representation.")
         before = tokenizer_image_token("<image>", self.tokenizer)
         before = before[: before.index(IMAGE_TOKEN_INDEX)] if visual_bos else []
+        if visual_bos and not before and self.tokenizer.bos_token_id is not None:
+            before = [self.tokenizer.bos_token_id]  # of a tokenizer that adds none, as in training
         self.visual_ids = [*before, IMAGE_TOKEN_INDEX, self.tokenizer.eos_token_id]
         self.device = self.model.get_input_embeddings().weight.device
         self.cut = 0  # texts that were longer than the model takes
