@@ -5,6 +5,7 @@ Each check is a function of the run to what is wrong and what to do, or None. A 
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -220,16 +221,48 @@ def projector(run: Run) -> str | None:
         weights = Weights(Path(path))
     except CheckpointError as error:
         return str(error)
-    own = [name for name in weights if "mm_projector." in name]
+    own = {name.split("mm_projector.")[1]: name for name in weights if "mm_projector." in name}
     if not own:
         return f"{path}: holds no mm_projector; --pretrain_mm_mlp_adapter is the mm_projector.bin of stage 1."
-    width = weights.shape(max((n for n in own if n.endswith("weight")), default=own[0]))[0]
+    if run.model.mm_use_im_start_end and not any("embed_tokens" in name for name in weights):
+        return (
+            f"{path}: holds no embeddings of <im_start> and <im_end>, which --mm_use_im_start_end True asks for; give "
+            "--mm_use_im_start_end False, as LLaVA-1.5 does."
+        )
+    if problem := _other_layers(path, own, run.model.mm_projector_type):
+        return problem
+    linear = sorted(name for part, name in own.items() if part.endswith("weight"))
+    if not linear:
+        return f"{path}: its mm_projector has no weight; give the mm_projector.bin of stage 1."
+    width, features = weights.shape(linear[-1])[0], weights.shape(linear[0])[-1]
     if config and width != config.get("hidden_size", width):
         return (
             f"{path}: projects to {width} features, {folder} has the hidden_size {config['hidden_size']}; give the "
             "language model that stage 1 was run with."
         )
+    file = Path(run.model.vision_tower or "") / "config.json"
+    found = read_json(file) if run.model.vision_tower and file.exists() else {}
+    given = found.get("vision_config", found).get("hidden_size", features)
+    if given != features:
+        return (
+            f"{path}: takes {features} features of a patch, --vision_tower {run.model.vision_tower} gives {given}; "
+            "give the vision tower that stage 1 was run with."
+        )
     return None
+
+
+def _other_layers(path, own, kind):
+    """A projector of another form than ``--mm_projector_type``, ``linear`` or ``mlpNx_gelu``."""
+    depth = re.fullmatch(r"mlp(\d+)x_gelu", kind or "linear")
+    wanted = {f"{2 * i}.{part}" for i in range(int(depth[1])) for part in ("weight", "bias")} if depth else None
+    wanted = wanted or ({"weight", "bias"} if kind in (None, "linear") else None)
+    if wanted is None or set(own) == wanted:  # of another type LLaVA says so itself
+        return None
+    numbers = sorted({int(part.split(".")[0]) for part in own if part[:1].isdigit()})
+    holds = "linear" if set(own) == {"weight", "bias"} else f"mlp{len(numbers)}x_gelu" if numbers else "of another kind"
+    return (
+        f"{path}: holds a projector that is {holds}; --mm_projector_type is {kind}: give the one it was trained with."
+    )
 
 
 # --- the output folder ------------------------------------------------------------------------------------------------

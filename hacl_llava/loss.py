@@ -76,33 +76,29 @@ def hacl_loss(
         text_features: ``[B, P]``, unit norm; row i is the caption of image i.
         hallucination_features: ``[B, K, P]``, unit norm, or None. K must be the same on all ranks.
         hallucination_mask: ``[B, K]`` bool, False where a hallucinated caption is missing; None means all are there.
-        sample_mask: ``[B]`` bool, False where a row has no image or no caption; such a row neither counts nor is a
-            candidate for another, and its hallucinated captions are dropped. None means that all rows count.
+        sample_mask: ``[B]`` bool, False where a row has no image or caption: it neither counts nor is a candidate for
+            another, nor are its hallucinated captions. None: all rows count.
         temperature: a float or a 0-d tensor (then with gradient).
-        negatives: whose hallucinated captions are candidates for an image: ``"own"`` (the paper's formula),
-            ``"batch"`` (this rank's batch, as the released code) or ``"global"`` (all ranks').
-        gather: contrast over the batches of all ranks.
+        negatives, gather: see `HaclConfig`.
         queue: None, or ``(images [Q, P], texts [Q, P], mask [Q] bool)`` of past features: candidates without gradient.
 
     Returns:
         A dict of 0-d tensors: ``loss`` = (``loss_i2t`` + ``loss_t2i``) / 2, with gradient, normalised so that the mean
         over ranks is the mean over all counted rows; and without gradient, for this rank alone,
         ``retrieval_correct`` of ``retrieval_total`` images whose own caption is the closest among the captions of the
-        (gathered) batch, and ``closer_to_true`` of ``closer_total`` images that are closer to their caption than to
-        each of their own hallucinated ones. Also ``candidates``, what a queue takes: all ranks' detached features.
+        (gathered) batch, and ``closer_to_true`` of ``closer_total`` images that are closer to it than to each of their
+        own hallucinated ones. Also ``candidates``, what a queue takes: all ranks' detached features.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown ``negatives``.
     """
     B, P, K = _sizes(image_features, text_features, hallucination_features, negatives)
     device = image_features.device
-    if sample_mask is None:
-        sample_mask = torch.ones(B, dtype=torch.bool, device=device)
+    sample_mask = torch.ones(B, dtype=torch.bool, device=device) if sample_mask is None else sample_mask
     if hallucination_mask is None:
         hallucination_mask = torch.ones(B, K, dtype=torch.bool, device=device)
     rank, world = _world() if gather else (0, 1)
     target = torch.arange(B, device=device) + rank * B
-
     with torch.autocast(device.type, enabled=False):
         v, t = _full_precision(image_features), _full_precision(text_features)
         h = _full_precision(hallucination_features) if K else v.new_zeros(B, 0, P)
@@ -118,15 +114,10 @@ def hacl_loss(
         hallucinated_valid = h_mask if negatives == "own" else pool_mask[None].expand(B, -1)
         valid = valid[None].expand(B, -1)
 
-        def contrast(similarity, valid):
-            # The lowest finite number, not -inf: a row that is masked itself then gives a finite loss, times zero.
-            logits = (similarity / temperature).masked_fill(~valid, torch.finfo(similarity.dtype).min)
-            losses = F.cross_entropy(logits, target, reduction="none")
-            return (losses * sample_mask).sum() * world / count
-
         to_text = v @ texts.T
-        loss_i2t = contrast(torch.cat([to_text, to_hallucinated], dim=1), torch.cat([valid, hallucinated_valid], dim=1))
-        loss_t2i = contrast(t @ images.T, valid)
+        to_all, all_valid = torch.cat([to_text, to_hallucinated], 1), torch.cat([valid, hallucinated_valid], 1)
+        loss_i2t = (_losses(to_all, all_valid, target, temperature) * sample_mask).sum() * world / count
+        loss_t2i = (_losses(t @ images.T, valid, target, temperature) * sample_mask).sum() * world / count
     return {
         "loss": (loss_i2t + loss_t2i) / 2,
         "loss_i2t": loss_i2t,
@@ -134,6 +125,13 @@ def hacl_loss(
         **_figures(to_text[:, : len(candidates[2])], candidates[2], target, sample_mask, own, h_mask),
         "candidates": candidates,
     }
+
+
+def _losses(similarity, valid, target, temperature):
+    """Cross-entropy of each row. What is not valid gets the lowest finite number, not -inf: a row that is masked itself
+    then has a finite loss, times zero."""
+    logits = (similarity / temperature).masked_fill(~valid, torch.finfo(similarity.dtype).min)
+    return F.cross_entropy(logits, target, reduction="none")
 
 
 def _sizes(image_features, text_features, hallucination_features, negatives):

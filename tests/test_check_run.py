@@ -16,14 +16,22 @@ from hacl_llava.compat import STATE_FILE
 from hacl_llava.config import HaclError
 
 
+def projector(width=64, features=64, layers=("",), prefix="model.mm_projector."):
+    found = {}
+    for layer in layers:
+        found |= {f"{prefix}{layer}weight": torch.zeros(width, features), f"{prefix}{layer}bias": torch.zeros(width)}
+        features = width
+    return found
+
+
 @pytest.fixture
 def run(tmp_path, mini):
     """``run(stage, flag=value, ...)``: of a run in which nothing is wrong."""
-    torch.save({"model.mm_projector.0.weight": torch.zeros(64, 32)}, tmp_path / "mm_projector.bin")
+    torch.save(projector(), tmp_path / "mm_projector.bin")
 
     def make(stage=1, **flags):
         model = {"model_name_or_path": str(mini.llm), "vision_tower": str(mini.clip), "use_hacl": stage == 1}
-        model |= {"tune_mm_mlp_adapter": stage == 1}
+        model |= {"tune_mm_mlp_adapter": stage == 1, "mm_projector_type": "linear", "mm_use_im_start_end": False}
         model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
         training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
         training["lora_enable"] = False
@@ -145,15 +153,32 @@ def test_a_vision_tower_that_is_not_what_it_is_taken_for(run, mini, tmp_path, co
     assert check_run.tower(run(vision_tower="openai/clip-vit-large-patch14-336")) is None
 
 
-def test_a_projector_that_is_none_or_of_another_size(run, tmp_path):
-    for tensors, message in (
-        ({"model.mm_projector.0.weight": torch.zeros(96, 32)}, "projects to 96 features, .* has the hidden_size 64"),
-        ({"something": torch.zeros(1)}, "holds no mm_projector"),
-    ):
-        torch.save(tensors, tmp_path / "other.bin")
-        for stage in (1, 2):
-            with pytest.raises(HaclError, match=message):
-                check_run.check_run(run(stage, pretrain_mm_mlp_adapter=str(tmp_path / "other.bin")))
+@pytest.mark.parametrize(
+    "tensors, flags, message",
+    [
+        (projector(96), {}, "projects to 96 features, .* has the hidden_size 64"),
+        (projector(features=48), {}, "takes 48 features of a patch, --vision_tower .* gives 64"),
+        ({"something": torch.zeros(1)}, {}, "holds no mm_projector"),
+        (projector(prefix=""), {}, "holds no mm_projector"),  # taken out by hand
+        (projector(), {"mm_projector_type": "mlp2x_gelu"}, "is linear; --mm_projector_type is mlp2x_gelu"),
+        (projector(layers=("0.", "2.")), {}, "is mlp2x_gelu; --mm_projector_type is linear"),
+        (
+            projector(layers=("0.", "2.", "4.")),
+            {"mm_projector_type": "mlp2x_gelu"},
+            "is mlp3x_gelu; --mm_projector_type",
+        ),
+        (projector(), {"mm_use_im_start_end": True}, "no embeddings of <im_start>.+--mm_use_im_start_end False"),
+        (projector(layers=("0.", "2.")), {"mm_projector_type": "mlp2x_gelu"}, None),
+        (projector(prefix="module.model.mm_projector."), {}, None),
+        (projector() | {"model.image_newline": torch.zeros(64)}, {}, None),
+        (projector() | {"model.embed_tokens.weight": torch.zeros(2, 64)}, {"mm_use_im_start_end": True}, None),
+    ],
+)
+def test_a_projector_that_is_none_or_another_kind(run, tmp_path, tensors, flags, message):
+    torch.save(tensors, tmp_path / "other.bin")
+    for stage in (1, 2):
+        other = run(stage, pretrain_mm_mlp_adapter=str(tmp_path / "other.bin"), **flags)
+        assert check_run.projector(other) is None if message is None else re.search(message, check_run.projector(other))
     (tmp_path / "other.bin").write_bytes(b"no weights")
     assert "other.bin" in check_run.projector(run(2, pretrain_mm_mlp_adapter=str(tmp_path / "other.bin")))
 

@@ -55,6 +55,23 @@ def test_reasoning_that_the_template_opens_is_known_by_an_earlier_reply():
     assert not read_reply(completion("<think>hm</think>a dog")).thinks
 
 
+def test_reasoning_that_takes_all_the_room_is_given_more():
+    def respond(body):
+        asked.append(body["max_tokens"])
+        return completion(None, "length", reasoning_content="hm") if len(asked) < enough else completion("a dog")
+
+    for enough, rooms in ((3, [10, 40, 160]), (9, [10, 40, 160])):
+        asked = []
+        with OpenAIServer(responses=respond) as server:
+            where = Endpoint("m", server.base_url)
+            if enough == 3:
+                assert where.ask([{"role": "user", "content": "?"}], 10) == "a dog"
+            else:
+                with pytest.raises(NotAnswered, match="no text within 160 tokens; allow more"):
+                    where.ask([{"role": "user", "content": "?"}], 10)
+        assert asked == rooms
+
+
 # ---- generating, answering, judging
 
 

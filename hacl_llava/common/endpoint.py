@@ -184,20 +184,21 @@ class Endpoint:
         """The text of one completion, without reasoning.
 
         Args:
-            messages: as the chat completions API takes them. max_tokens: of the answer, reasoning included.
+            messages: as the chat completions API takes them. max_tokens: of the answer, reasoning included; where that
+                leaves no text, it is asked for again with 4 and 16 times as many.
 
         Raises:
             NotAnswered: this request came to nothing. HaclError: so will all others.
         """
-        reply = read_reply(
-            self.complete({"messages": messages, "max_tokens": max_tokens, "temperature": temperature}), self._thinks
-        )
-        self._thinks |= reply.thinks
-        if reply.refused:
-            raise NotAnswered("refused by the endpoint's content policy", refused=True)
-        if not reply.text and reply.cut:
-            raise NotAnswered(f"no text within {max_tokens} tokens; allow more with --max-new-tokens")
-        return reply.text
+        for room in (max_tokens, 4 * max_tokens, 16 * max_tokens):  # reasoning may take all of it
+            body = {"messages": messages, "max_tokens": room, "temperature": temperature}
+            reply = read_reply(self.complete(body), self._thinks)
+            self._thinks |= reply.thinks
+            if reply.refused:
+                raise NotAnswered("refused by the endpoint's content policy", refused=True)
+            if reply.text or not reply.cut:
+                return reply.text
+        raise NotAnswered(f"no text within {room} tokens; allow more with --max-new-tokens")
 
     def complete(self, body: dict) -> dict:
         """One chat completion, as decoded JSON.
