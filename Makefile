@@ -59,8 +59,8 @@ test-doors: venv
 	.venv/bin/python $(PYTEST) -m '(e2e or distributed or once) and not slow and not gpu' $(ARGS)
 
 # Without what is marked `once`, and without files that need neither torch nor transformers.
-ANY_VERSION = common scores report records security hallucinate_api hallucinate_rules hallucinate_run
-NOT_AGAIN = $(ANY_VERSION:%=--ignore=tests/test_%.py)
+ANY_VERSION = common endpoint scores report records security hallucinate_api hallucinate_rules hallucinate_run
+NOT_AGAIN = $(ANY_VERSION:%=--ignore-glob='*/test_%.py')
 
 test-4.37: .venv-4.37/.made
 	.venv-4.37/bin/python $(PYTEST) -m 'not gpu and not once and not slow' $(NOT_AGAIN) $(ARGS)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from . import __version__
 from .common.files import read_json, write_text
 from .common.images import image_path, size_problem
+from .common.options import whole
 from .config import HaclError, on_first_rank
 from .records import (
     HALLUCINATED_KEYS,
@@ -608,12 +609,6 @@ def _of_all_ranks(problems, refused):
 # --- hacl-llava check-data --------------------------------------------------------------------------------------------
 
 
-def _whole(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number from 1")
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give an argparse parser the command's arguments."""
     add = parser.add_argument
@@ -626,13 +621,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LLM",
         help="folder or hub id: tokenize every record as LLaVA does, and see what it masks",
     )
-    add("--max-length", type=_whole, default=2048, metavar="N", help="tokens of the context (default: %(default)s)")
+    add("--max-length", type=whole, default=2048, metavar="N", help="tokens of the context (default: %(default)s)")
     add(
         "--image-aspect-ratio",
         choices=("square", "pad"),
         help="as in training (default: pad, but square for plain, as LLaVA's scripts have it)",
     )
-    add("--workers", type=_whole, metavar="N", help="processes that open images and tokenize (default: cores)")
+    add("--workers", type=whole, metavar="N", help="processes that open images and tokenize (default: cores)")
     add("--output", metavar="DIR", help="write report.json, report.md and bad_records.jsonl there")
     add("--write", metavar="FILE", help="write the records that can be used (.json, .jsonl, .gz by its name)")
 

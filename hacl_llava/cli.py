@@ -1,10 +1,12 @@
 """``hacl-llava``: the tools beside training. Each command imports what it needs when it runs."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .common.options import add_loader
 from .config import HaclError
 
 KNOWN_TO_WORK = (
@@ -130,10 +132,120 @@ def _demo(args):
     return run(args.output, images=args.images, epochs=args.epochs, seed=args.seed, processes=args.processes)
 
 
-def _add_hub_arguments(command):
-    command.add_argument("--evaluation", metavar="FILE", help="json file of results for the model card")
-    command.add_argument("--push_to_hub", metavar="USER/NAME", help="push the folder there, private if it is new")
-    command.add_argument("--public", action="store_true", help="with --push_to_hub: for all to read")
+def _patch_arguments(command):
+    command.add_argument("path", metavar="PATH", help="a LLaVA checkout, an installed llava folder, or its train.py")
+    action = command.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="only say whether it can be applied or is applied")
+    action.add_argument("--revert", action="store_true", help="take the two lines out again")
+
+
+def _hub_arguments(command):
+    group = command.add_argument_group("model card and hub")
+    group.add_argument("--evaluation", metavar="FILE", help="json file of results for the model card")
+    group.add_argument("--push_to_hub", metavar="USER/NAME", help="push the folder there, private if it is new")
+    group.add_argument("--public", action="store_true", help="with --push_to_hub: for all to read")
+
+
+def _export_arguments(command):
+    command.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or of a stage-1 run with --base")
+    command.add_argument("target", metavar="TARGET", help="folder to write")
+    command.add_argument("--to", choices=("hf", "llava"), required=True, help="the format to write")
+    add_loader(command, "base", "vision-tower")
+    _hub_arguments(command)
+
+
+def _card_arguments(command):
+    command.add_argument("folder", metavar="FOLDER", help="stage-1 folder, LoRA, LLaVA checkpoint, or Hugging Face's")
+    _hub_arguments(command)
+
+
+def _chat_arguments(command):
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub id of a checkpoint, or of a projector")
+    command.add_argument("--image", metavar="FILE", help="the image to talk about")
+    command.add_argument("--question", metavar="TEXT", help="answer this on stdout and end")
+    command.add_argument("--temperature", type=float, default=0, help="0: no sampling (default: %(default)s)")
+    command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default: %(default)s)")
+    add_loader(command, "base", "vision-tower", "conv", "bits", "device")
+
+
+def _demo_arguments(command):
+    command.add_argument("--output", default="runs/demo", help="folder for everything made (default: %(default)s)")
+    command.add_argument("--images", type=int, default=6000, help="training images (default: %(default)s)")
+    command.add_argument("--epochs", type=int, default=5, help="passes over them (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of scenes, models and training (default: %(default)s)")
+    command.add_argument("--processes", type=int, default=1, help="ranks for DeepSpeed (default: %(default)s)")
+
+
+_OWN = {  # commands of this module: name -> (what gives a parser its arguments, what runs it)
+    "env": (lambda command: None, _env),
+    "patch": (_patch_arguments, _patch),
+    "export": (_export_arguments, _export),
+    "card": (_card_arguments, _card),
+    "chat": (_chat_arguments, _chat),
+    "demo": (_demo_arguments, _demo),
+}
+_MODULES = {  # modules with `add_arguments` and `main`
+    "hallucinate": ".hallucinate.command",
+    "check-data": ".check_data",
+    "analyze": ".evaluation.analyze",
+    "report": ".evaluation.report",
+    "eval": ".evaluation.command",
+}
+_TEXTS = {  # name, in the order of --help -> (in a line, in full)
+    "env": ("versions, devices, and whether they are known to work together", None),
+    "patch": (
+        "teach LLaVA's own train_mem.py the flag --use_hacl",
+        "Add two lines to llava/train/train.py, after which LLaVA's own training scripts take --use_hacl and the "
+        "--hacl_* flags. Without the flag they do what they did before.",
+    ),
+    "hallucinate": (
+        "add hallucinated captions to LLaVA-format data",
+        "Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by rules, by a "
+        "model behind an OpenAI-compatible endpoint, or by a mix. A run that was stopped or killed goes on when the "
+        "same command is given again.",
+    ),
+    "check-data": (
+        "whether a json and its images can be trained on, and what is odd about them",
+        "Look at every record and every image of a LLaVA-format json ahead of training: what would end a run, and what "
+        "would be trained on in another way than it was meant. Exit status 0: fine, 1: some records cannot be used, 2: "
+        "the data cannot be looked at.",
+    ),
+    "analyze": (
+        "representations of checkpoints side by side: pictures and numbers",
+        "The paper's Figure 1 and its numbers, for one to four checkpoints: where images, captions and hallucinated "
+        "captions lie, the modality gap, retrieval, and how often an image is closer to its true caption.",
+    ),
+    "report": (
+        "one page that puts runs side by side",
+        "Training curves, evaluations with intervals and paired tests, figures of analyses, and images with the "
+        "answers of both models where they differ, on one page: report.html, and report.json.",
+    ),
+    "export": (
+        "a LLaVA checkpoint in Hugging Face's format, or back",
+        "Write a LLaVA checkpoint as Hugging Face's LlavaForConditionalGeneration with its processor (what vLLM "
+        "serves), or such a checkpoint as LLaVA's own; with --base, a LoRA or projector merged into a whole one.",
+    ),
+    "card": (
+        "a model card for a checkpoint's folder, and its way to the hub",
+        "Write README.md, the model card, into a checkpoint's folder from what its files say, and push the folder to "
+        "the Hugging Face hub where that is asked for.",
+    ),
+    "chat": (
+        "talk with a checkpoint about an image, in the terminal",
+        "A first look at any LLaVA checkpoint: talk with it about an image, or ask one --question. The answer goes to "
+        "stdout as it comes, everything else to stderr.",
+    ),
+    "eval": (
+        "hallucination benchmarks: POPE, CHAIR, AMBER, MMHal-Bench",
+        "Ask a checkpoint, or a model behind an OpenAI-compatible endpoint, the questions of hallucination benchmarks, "
+        "and score its answers. A run that was stopped or killed goes on when the same command is given again.",
+    ),
+    "demo": (
+        "stage 1 with HACL on a rendered miniature, from nothing, on a CPU",
+        "Render images with captions and hallucinated captions, make a tiny LLM and vision tower, train a projector "
+        "with HACL through DeepSpeed, and say what it learnt.",
+    ),
+}
 
 
 def _parser():
@@ -144,126 +256,15 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"hacl_llava {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def add(name, module, **texts):
-        command = commands.add_parser(name, **texts)
-        module.add_arguments(command)
-        command.set_defaults(run=module.main)
-
-    command = commands.add_parser("env", help="versions, devices, and whether they are known to work together")
-    command.set_defaults(run=_env)
-
-    command = commands.add_parser(
-        "patch",
-        help="teach LLaVA's own train_mem.py the flag --use_hacl",
-        description="Add two lines to llava/train/train.py, after which LLaVA's own training scripts take --use_hacl "
-        "and the --hacl_* flags. Without the flag they do what they did before.",
-    )
-    command.add_argument("path", metavar="PATH", help="a LLaVA checkout, an installed llava folder, or its train.py")
-    action = command.add_mutually_exclusive_group()
-    action.add_argument("--check", action="store_true", help="only say whether it can be applied or is applied")
-    action.add_argument("--revert", action="store_true", help="take the two lines out again")
-    command.set_defaults(run=_patch)
-
-    from . import check_data
-    from .evaluation import analyze, report
-    from .evaluation import command as evaluation
-    from .hallucinate import command as hallucinate
-
-    add(
-        "hallucinate",
-        hallucinate,
-        help="add hallucinated captions to LLaVA-format data",
-        description="Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by "
-        "rules, by a model behind an OpenAI-compatible endpoint, or by a mix. A run that was stopped "
-        "or killed goes on when the same command is given again.",
-    )
-    add(
-        "check-data",
-        check_data,
-        help="whether a json and its images can be trained on, and what is odd about them",
-        description="Look at every record and every image of a LLaVA-format json ahead of training: what would end a "
-        "run, and what would be trained on in another way than it was meant. Exit status 0: fine, 1: some records "
-        "cannot be used, 2: the data cannot be looked at.",
-    )
-    add(
-        "analyze",
-        analyze,
-        help="representations of checkpoints side by side: pictures and numbers",
-        description="The paper's Figure 1 and its numbers, for one to four checkpoints: where images, captions and "
-        "hallucinated captions lie, the modality gap, retrieval, and how often an image is closer to its true caption.",
-    )
-    add(
-        "report",
-        report,
-        help="one page that puts runs side by side",
-        description="Training curves, evaluations with intervals and paired tests, figures of analyses, and images "
-        "with the answers of both models where they differ, on one page: report.html, and report.json.",
-    )
-
-    command = commands.add_parser(
-        "export",
-        help="a LLaVA checkpoint in Hugging Face's format, or back",
-        description="Write a LLaVA checkpoint as Hugging Face's LlavaForConditionalGeneration with its processor (what "
-        "vLLM serves), or such a checkpoint as LLaVA's own; with --base, a LoRA or projector merged into a whole one.",
-    )
-    command.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or of a stage-1 run with --base")
-    command.add_argument("target", metavar="TARGET", help="folder to write")
-    command.add_argument("--to", choices=("hf", "llava"), required=True, help="the format to write")
-    command.add_argument("--base", metavar="LLM", help="the language model of a projector or LoRA")
-    command.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
-    _add_hub_arguments(command)
-    command.set_defaults(run=_export)
-
-    command = commands.add_parser(
-        "card",
-        help="a model card for a checkpoint's folder, and its way to the hub",
-        description="Write README.md, the model card, into a checkpoint's folder from what its files say, and push the "
-        "folder to the Hugging Face hub where that is asked for.",
-    )
-    command.add_argument("folder", metavar="FOLDER", help="stage-1 folder, LoRA, LLaVA checkpoint, or Hugging Face's")
-    _add_hub_arguments(command)
-    command.set_defaults(run=_card)
-
-    command = commands.add_parser(
-        "chat",
-        help="talk with a checkpoint about an image, in the terminal",
-        description="A first look at any LLaVA checkpoint: talk with it about an image, or ask one --question. The "
-        "answer goes to stdout as it comes, everything else to stderr.",
-    )
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub id of a checkpoint, or of a projector")
-    command.add_argument("--base", metavar="LLM", help="the language model of a projector or LoRA")
-    command.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
-    command.add_argument("--image", metavar="FILE", help="the image to talk about")
-    command.add_argument("--question", metavar="TEXT", help="answer this on stdout and end")
-    command.add_argument("--conv", metavar="NAME", help="conversation template (default: by the kind of checkpoint)")
-    command.add_argument("--bits", type=int, choices=(4, 8), help="load the language model quantized")
-    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    command.add_argument("--temperature", type=float, default=0, help="0: no sampling (default: %(default)s)")
-    command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default: %(default)s)")
-    command.set_defaults(run=_chat)
-
-    add(
-        "eval",
-        evaluation,
-        help="hallucination benchmarks: POPE, CHAIR, AMBER, MMHal-Bench",
-        description="Ask a checkpoint, or a model behind an OpenAI-compatible endpoint, the questions of hallucination "
-        "benchmarks, and score its answers. A run that was stopped or killed goes on when the same command is given "
-        "again.",
-    )
-
-    command = commands.add_parser(
-        "demo",
-        help="stage 1 with HACL on a rendered miniature, from nothing, on a CPU",
-        description="Render images with captions and hallucinated captions, make a tiny LLM and vision tower, train "
-        "a projector with HACL through DeepSpeed, and say what it learnt.",
-    )
-    command.add_argument("--output", default="runs/demo", help="folder for everything made (default: %(default)s)")
-    command.add_argument("--images", type=int, default=6000, help="training images (default: %(default)s)")
-    command.add_argument("--epochs", type=int, default=5, help="passes over them (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of scenes, models and training (default: %(default)s)")
-    command.add_argument("--processes", type=int, default=1, help="ranks for DeepSpeed (default: %(default)s)")
-    command.set_defaults(run=_demo)
+    for name, (line, text) in _TEXTS.items():
+        command = commands.add_parser(name, help=line, description=text or line)
+        if name in _MODULES:
+            module = importlib.import_module(_MODULES[name], __package__)
+            arguments, run = module.add_arguments, module.main
+        else:
+            arguments, run = _OWN[name]
+        arguments(command)
+        command.set_defaults(run=run)
     return parser
 
 

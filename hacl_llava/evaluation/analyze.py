@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import finite, write_json, write_text
+from ..common.options import add_loader
 from ..common.report import as_html, provenance
 from ..config import HaclError
 
@@ -45,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="OUT", required=True, help="folder to write")
     what = "the language model of projectors or LoRAs; once for all, or once for each checkpoint in order"
     add("--base", metavar="LLM", action="append", help=what)
-    add("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
     what = "of a checkpoint in the pictures, once for each in order"
     add("--name", metavar="NAME", action="append", help=what)
     add("--limit", type=int, default=1000, help="records, drawn at random (default: %(default)s)")
@@ -55,10 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--visual-bos", choices=("true", "false"), help=what)
     add("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
     add("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    add("--bits", type=int, choices=(4, 8), help="load the language model quantized")
-    add("--device", help="cpu, cuda, cuda:1, auto (default: a GPU where there is one)")
-    types = ("float16", "bfloat16", "float32")
-    add("--dtype", choices=types, help="(default: float16 on a GPU, else float32)")
+    add_loader(parser, "vision-tower", "bits", "dtype", "device")
 
 
 def main(args: argparse.Namespace) -> int:

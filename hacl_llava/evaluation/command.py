@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.files import locked
+from ..common.options import add_loader, whole
 from ..config import HaclError
-from ..hallucinate.command import whole
 
 if TYPE_CHECKING:
     from .engine import Judge, Task
@@ -27,18 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give an argparse parser the command's arguments."""
     add = parser.add_argument
     add("--model", required=True, metavar="CHECKPOINT", help="folder or hub id, or api:NAME behind an endpoint")
-    add("--base", metavar="LLM", help="the language model of a projector or LoRA")
-    add("--vision-tower", metavar="PATH", help="folder or hub id, in place of config.json's")
     add("--images", required=True, metavar="DIR", help="the folder that the questions' images lie in")
     add("--output", required=True, metavar="OUT", help="folder for answers and results")
     add("--batch-size", type=whole, default=16, metavar="N", help="questions at a time (default: 16)")
     add("--max-new-tokens", type=whole, metavar="N", help="of an answer (default: each task's own)")
-    add("--conv", metavar="NAME", help="conversation template (default: by the kind of checkpoint)")
     add("--limit", type=whole, metavar="N", help="only N questions of each task, drawn by --seed")
     add("--seed", type=int, default=0, help="of --limit and of the intervals (default: 0)")
-    add("--bits", type=int, choices=(4, 8), help="load the language model quantized")
-    add("--dtype", choices=("float16", "bfloat16", "float32"), help="(default: float16 on a GPU, else float32)")
-    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add_loader(parser)
 
     group = parser.add_argument_group("tasks, one or more")
     add = group.add_argument

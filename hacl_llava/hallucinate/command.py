@@ -8,6 +8,7 @@ import sys
 
 from .. import __version__
 from ..common.endpoint import Endpoint
+from ..common.options import whole
 from ..common.report import pyplot
 from ..config import HaclError
 from . import KINDS, lexicon
@@ -45,13 +46,6 @@ def _weighted(names, least):
         return name, weight
 
     return read
-
-
-def whole(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number from 1")
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from hacl_llava.demo import free_port
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TIMEOUT = 180
 
 

@@ -21,7 +21,7 @@ from hacl_llava.cli import main
 from hacl_llava.hallucinate import KINDS
 from hacl_llava.records import stream_records
 
-COCO = Path(__file__).parent / "data/coco_captions.json"
+COCO = Path(__file__).parents[1] / "data/coco_captions.json"
 COMMAND = [sys.executable, "-m", "hacl_llava.cli", "hallucinate"]
 KILLS = int(os.environ.get("HACL_KILLS", 4))  # `make test-all` asks for more
 

@@ -11,7 +11,7 @@ import pytest
 
 from hacl_llava import __version__, cli, patching
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_names_every_command(capsys):

@@ -194,7 +194,7 @@ def test_the_entry_point(adapter):
 
 def commands():
     """lmms-eval's arguments in each command line of its page."""
-    page = (Path(__file__).parents[1] / "docs/lmms-eval.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/lmms-eval.md").read_text()
     for block in re.findall(r"```bash\n(.*?)```", page, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line)

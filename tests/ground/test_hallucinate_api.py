@@ -28,7 +28,7 @@ from hacl_llava.hallucinate import KINDS, Item, prompts  # noqa: E402
 from hacl_llava.hallucinate.api import ApiSource, estimate  # noqa: E402
 from hacl_llava.hallucinate.prompts import Prompt, Settings, parse, read_settings  # noqa: E402
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 REQUEST = 0.0034  # dollars of one answer of the server (300 and 40 tokens) at PRICE
 PRICE = (10.0, 10.0)
 
@@ -716,7 +716,7 @@ def test_interrupt_leaves_no_noise():
         "    for answer in source(server, concurrency=8).answers(items(captions(20))):\n"
         "        print('started', flush=True)\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    env = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1]}"}
     pipe = subprocess.PIPE
     run = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, env=env)
     assert run.stdout.readline() == "started\n"
@@ -729,4 +729,4 @@ def test_interrupt_leaves_no_noise():
 
 def test_import_is_light():
     code = "import sys, hacl_llava.hallucinate.api; assert not {'openai', 'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=TESTS.parent, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parents[1], timeout=60)

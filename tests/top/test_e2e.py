@@ -19,7 +19,7 @@ from workers import Run, alone, trained
 from hacl_llava import cli
 from hacl_llava.demo import free_port
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PARTS = {"loss_lm", "loss_i2t", "loss_t2i", "temperature", "retrieval_accuracy", "closer_to_true"}
 pytestmark = pytest.mark.e2e
 

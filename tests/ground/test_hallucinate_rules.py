@@ -18,7 +18,7 @@ from hacl_llava.hallucinate.checks import Checker, Meaning, length, normal
 from hacl_llava.hallucinate.lexicon import article, lexicon, plural, singulars
 from hacl_llava.hallucinate.rules import BLOCK, RulesSource, rewrite
 
-COCO = Path(__file__).parent / "data/coco_captions.json"
+COCO = Path(__file__).parents[1] / "data/coco_captions.json"
 WORDS = lexicon()
 
 
@@ -397,7 +397,7 @@ def test_the_vocabulary_is_sound():
 
 def test_few_hallucinated_objects_are_in_the_image_after_all():
     # COCO's boxes know what the caption does not say; the figures of the docs are for 20 seeds
-    measure = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/hallucinate.py"))["accidentally_true"]
+    measure = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/hallucinate.py"))["accidentally_true"]
     alone, with_others = measure(False, seeds=3), measure(True, seeds=3)
     assert 0 < with_others < alone < 0.05
     rules = RulesSource.block
@@ -412,7 +412,7 @@ def test_few_hallucinated_objects_are_in_the_image_after_all():
 
 
 def test_the_table_in_the_docs_is_what_the_rules_give():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     namespace = runpy.run_path(str(root / "benchmarks/hallucinate.py"))
     written = (root / "docs/hallucinated-captions-sample.md").read_text(encoding="utf-8")
     assert written.endswith(namespace["sample"]() + "\n"), "run: python benchmarks/hallucinate.py --sample"

@@ -21,8 +21,8 @@ from hacl_llava.config import DataError, HaclError
 from hacl_llava.evaluation import Question, amber, chair, mmhal, pope
 from hacl_llava.evaluation.benchmark import SHORT
 
-DATA = Path(__file__).parent / "data" / "evaluation"
-FULL = Path(__file__).parents[2] / "shared" / "data" / "pope"  # the whole files, where they are at hand
+DATA = Path(__file__).parents[1] / "data" / "evaluation"
+FULL = Path(__file__).parents[3] / "shared" / "data" / "pope"  # the whole files, where they are at hand
 
 
 def items_of(task, answers, questions=None):

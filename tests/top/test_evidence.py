@@ -9,7 +9,7 @@ import pytest
 
 from hacl_llava.checkpoints import hub
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from hacl_llava import resume
 from hacl_llava.compat import STATE_FILE, order_is_of_one_rank
 from hacl_llava.config import HaclError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def stage1(mini, output, *more):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYTHON = sorted(p for part in ("hacl_llava", "scripts", "benchmarks") for p in (ROOT / part).rglob("*.py"))
 SHELL = sorted((ROOT / "scripts").glob("*.sh"))
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
