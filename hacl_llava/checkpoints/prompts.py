@@ -40,9 +40,14 @@ def default_template(
     """
     stage1 = getattr(config, "tune_mm_mlp_adapter", False)
     name = get_model_name_from_path(str(Path(stage1 and base or path).absolute())).lower()
-    instructed = any(word in name for word in ("vicuna", "chat", "instruct")) or tokenizer.chat_template
+    own = str(tokenizer.chat_template or "")  # the language model's; LLaVA's training does not note its own anywhere
+    instructed = any(word in name for word in ("vicuna", "chat", "instruct")) or own
     if stage1 and not instructed:
         return "plain"
+    if "<|im_start|>" in own:
+        return "chatml_direct"
+    if stage1 and "[INST]" in own:  # a language model that stage 2 has not taught another form
+        return "llava_llama_2" if "<<SYS>>" in own else "mistral_instruct"
     if config.model_type == "llava_mistral" and "mistral_instruct" in conv_templates:
         return "mistral_instruct"
     return "llava_llama_2" if "llama-2" in name else "chatml_direct" if "v1.6-34b" in name else "v1"

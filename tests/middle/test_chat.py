@@ -126,10 +126,19 @@ def test_template_by_the_kind_of_checkpoint(path, base, kind, stage1, template):
     assert template in conv_templates
 
 
-def test_a_chat_template_says_that_the_llm_saw_instructions():
-
-    config = types.SimpleNamespace(model_type="llava_llama", tune_mm_mlp_adapter=True)
-    assert default_template("x", "llm", config, types.SimpleNamespace(chat_template="{{ messages }}")) == "v1"
+@pytest.mark.parametrize(
+    "own, stage1, whole",
+    [
+        ("{{ messages }}", "v1", "v1"),
+        ("<|im_start|>{{ message }}<|im_end|>", "chatml_direct", "chatml_direct"),
+        ("<s>[INST] {{ message }} [/INST]", "mistral_instruct", "v1"),  # stage 2 teaches its own form
+        ("<s>[INST] <<SYS>>{{ system }}<</SYS>>", "llava_llama_2", "v1"),
+    ],
+)
+def test_a_chat_template_says_how_the_llm_saw_instructions(own, stage1, whole):
+    for tuned, template in ((True, stage1), (False, whole)):
+        config = types.SimpleNamespace(model_type="llava_llama", tune_mm_mlp_adapter=tuned)
+        assert default_template("x", "llm", config, types.SimpleNamespace(chat_template=own)) == template
 
 
 def test_images_that_cannot_be_opened(tmp_path, picture):
