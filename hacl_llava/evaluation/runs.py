@@ -182,8 +182,17 @@ def _task(run, folder):
 
 
 def _analysis(run, folder):
-    keys = {"models": list, "comparisons": list, "findings": list, "figures": list}
-    run.analyses.append((str(folder), _load(folder / "analysis.json", **keys)))
+    keys = {
+        "models": {"name", "spaces"},
+        "comparisons": {"first", "second", "spaces"},
+        "findings": {"title", "lines"},
+        "figures": {"file", "title"},
+    }
+    analysis = _load(folder / "analysis.json", **dict.fromkeys(keys, list))
+    wrong = [part for part, names in keys.items() for x in analysis[part] if not isinstance(x, dict) or names - set(x)]
+    if wrong:
+        raise DataError(f"is of another version of `hacl-llava analyze` (its {wrong[0]}); run that again")
+    run.analyses.append((str(folder), analysis))
 
 
 # ---- what differs

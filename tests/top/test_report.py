@@ -343,6 +343,9 @@ def test_damaged_files_are_named_and_not_fatal(tmp_path, two, capsys):
     (hacl / "empty").mkdir()
     (hacl / "empty" / "trainer_state.json").write_text('{"log_history": []}')
     (hacl / "analysis.json").write_bytes(b"\xff\xfe{")
+    older = {"models": [], "comparisons": [], "figures": [], "findings": ["plain sentences"]}
+    (hacl / "older").mkdir()
+    (hacl / "older/analysis.json").write_text(json.dumps(older))
     found, page = make(tmp_path, plain, hacl)
     reasons = {x["file"]: x["reason"] for x in found["left_out"]}
     assert "3 of its lines are no whole item" in reasons[str(plain / "pope" / "items.jsonl")]
@@ -359,6 +362,8 @@ def test_damaged_files_are_named_and_not_fatal(tmp_path, two, capsys):
     assert "1 checkpoint-* but no trainer_state.json" in reasons[str(hacl / "train2")]
     assert reasons[str(hacl / "empty" / "trainer_state.json")] == "has no logged loss"
     assert "damaged" in reasons[str(hacl / "analysis.json")]
+    said = reasons[str(hacl / "older/analysis.json")]
+    assert said == "is of another version of `hacl-llava analyze` (its findings); run that again"
     assert "Left out" in page and "left out: " in capsys.readouterr().err
     assert found["tasks"][0]["counts"]["plain"]["questions"] == 12
 
