@@ -229,7 +229,7 @@ def projector(run: Run) -> str | None:
             f"{path}: holds no embeddings of <im_start> and <im_end>, which --mm_use_im_start_end True asks for; give "
             "--mm_use_im_start_end False, as LLaVA-1.5 does."
         )
-    if problem := _other_layers(path, own, run.model.mm_projector_type):
+    if problem := _other_form(path, own, run.model.mm_projector_type):
         return problem
     linear = sorted(name for part, name in own.items() if part.endswith("weight"))
     if not linear:
@@ -251,15 +251,15 @@ def projector(run: Run) -> str | None:
     return None
 
 
-def _other_layers(path, own, kind):
+def _other_form(path, own, kind):
     """A projector of another form than ``--mm_projector_type``, ``linear`` or ``mlpNx_gelu``."""
     depth = re.fullmatch(r"mlp(\d+)x_gelu", kind or "linear")
-    wanted = {f"{2 * i}.{part}" for i in range(int(depth[1])) for part in ("weight", "bias")} if depth else None
-    wanted = wanted or ({"weight", "bias"} if kind in (None, "linear") else None)
-    if wanted is None or set(own) == wanted:  # of another type LLaVA says so itself
+    if not depth and kind not in (None, "linear"):  # LLaVA says so itself
         return None
-    numbers = sorted({int(part.split(".")[0]) for part in own if part[:1].isdigit()})
-    holds = "linear" if set(own) == {"weight", "bias"} else f"mlp{len(numbers)}x_gelu" if numbers else "of another kind"
+    numbers = {int(part.split(".")[0]) for part in own if part[:1].isdigit()}
+    holds = f"mlp{max(numbers) // 2 + 1}x_gelu" if numbers else "linear" if "weight" in own else "of another kind"
+    if holds == (depth[0] if depth else "linear"):
+        return None
     return (
         f"{path}: holds a projector that is {holds}; --mm_projector_type is {kind}: give the one it was trained with."
     )
