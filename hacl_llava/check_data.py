@@ -310,13 +310,13 @@ class TokenCheck:
 
     Args:
         name: folder or hub id of the language model. version: of the template. max_length: tokens of the context.
-        visual: tokens that an image takes of it; 0: not known.
+        visual: tokens that an image takes of it; 0: not known. rows: of the model's embedding; 0: not known.
 
     Raises:
         HaclError: the tokenizer cannot be loaded.
     """
 
-    def __init__(self, name: str, version: str, max_length: int, visual: int = 0) -> None:
+    def __init__(self, name: str, version: str, max_length: int, visual: int = 0, rows: int = 0) -> None:
         from . import compat  # noqa: F401  (before llava)
 
         # isort: split
@@ -336,7 +336,7 @@ class TokenCheck:
         ensure_pad(self.tokenizer)
         templates = stock.conversation_lib.conv_templates
         self.stock, self.template = stock, templates.get(version, templates["vicuna_v1"])
-        self.plain, self.max_length, self.visual = version == "plain", max_length, visual
+        self.plain, self.max_length, self.visual, self.rows = version == "plain", max_length, visual, rows
         self.arguments = argparse.Namespace(is_multimodal=True, mm_use_im_start_end=False)
 
     def __call__(self, record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -352,6 +352,8 @@ class TokenCheck:
                     source = self.stock.preprocess_multimodal(source, self.arguments)
                 item = self.stock.preprocess(source, self.tokenizer, has_image=with_image)
             ids, labelled = item["input_ids"][0], item["labels"][0] != self.stock.IGNORE_INDEX
+            if self.rows and int(ids.max()) >= self.rows:
+                found.append(("preprocess", f"holds the token {int(ids.max())}, and the model has {self.rows} rows"))
             if not labelled.any():
                 said = re.search("tokenization mismatch: [^(]*", printed.getvalue())
                 found.append(
@@ -568,11 +570,17 @@ SAMPLE = 64  # records that are tokenized before a run
 
 def _without_labels(records, usable, model, training):
     """The `DataError` for a run in which every record of a sample would be masked whole, or None; says the share."""
-    check = TokenCheck(
-        model.model_name_or_path, model.version, training.model_max_length, visual_tokens(model.vision_tower)
-    )
+    file = Path(model.model_name_or_path) / "config.json"
+    rows = read_json(file, expected=dict).get("vocab_size", 0) if file.exists() else 0
+    visual = visual_tokens(model.vision_tower)
+    check = TokenCheck(model.model_name_or_path, model.version, training.model_max_length, visual, rows)
     sample = [usable[i * len(usable) // SAMPLE] for i in range(SAMPLE)] if len(usable) > SAMPLE else usable
     bad = [text for i in sample for kind, text in check(records[i]) if kind in ("masked", "preprocess")]
+    if beyond := next((text for text in bad if "holds the token" in text), None):
+        return DataError(
+            f"a record {beyond}: the tokenizer of {model.model_name_or_path} is of a larger vocabulary; give the one "
+            "that the model was made with."
+        )
     if not bad:
         return None
     if len(bad) < len(sample):

@@ -137,7 +137,8 @@ def language_model(run: Run) -> str | None:
         found = LlamaForCausalLM(LlamaConfig(**values)).state_dict()
         return {k: v for k, v in found.items() if k != "lm_head.weight" or not config.get("tie_word_embeddings")}
 
-    return _misfit("--model_name_or_path", folder, expected, _BESIDE)
+    tied = ("lm_head.",) if config.get("tie_word_embeddings") else ()  # it may be there all the same
+    return _misfit("--model_name_or_path", folder, expected, (*_BESIDE, *tied))
 
 
 def tower(run: Run) -> str | None:

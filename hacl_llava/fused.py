@@ -50,7 +50,7 @@ def splice_images(
     length = length if limit is None else min(length, limit)
     tokens = torch.where(is_image, m, mask.long())
     held, column, image, number, offset, start = splice(length, is_image, tokens)
-    words = embed(model, input_ids.masked_fill(is_image, 0))
+    words = embed(model, input_ids.masked_fill(is_image | ~mask, 0))  # padding may have no row in the table
     # Where nothing stands, any row of the table will do.
     row = torch.arange(B, device=input_ids.device)[:, None] * n + column
     source = torch.where(image, B * n + number.clamp(max=len(features) - 1) * m + offset, row)

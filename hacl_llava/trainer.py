@@ -369,17 +369,20 @@ class HaclTrainer(ResumableTrainer):
         """One line, from the objects that run rather than from the flags that asked for them."""
         engine, model, config = self.model_wrapped, self.model, self.model.hacl_config
         stage = getattr(engine, "zero_optimization_stage", lambda: None)()
-        trained = {}
+        trained, held = {}, {}
         for name, p in model.named_parameters():
+            part = next((x for x in ("hacl_head", "mm_projector", "vision_tower") if f"{x}." in name), "LLM")
+            held.setdefault(part, str(p.dtype).removeprefix("torch."))
             if p.requires_grad:
-                part = "hacl_head" if "hacl_head." in name else "mm_projector" if "mm_projector" in name else "LLM"
                 trained[part] = trained.get(part, 0) + getattr(p, "ds_numel", p.numel())
         zero = "" if stage is None else f" ZeRO-{stage}"
         ranks = f"{self.args.world_size} rank{'s' if self.args.world_size > 1 else ''} on {self.args.device.type}"
         print(
             f"HACL run: engine {type(engine).__name__}{zero}, {ranks}, {'fused' if model.hacl_fused else 'separate'} "
             f"passes, negatives {config.negatives}, queue {config.queue_size}, weight {config.weight}; trained: "
-            + ", ".join(f"{part} {n:,}" for part, n in sorted(trained.items())),
+            + ", ".join(f"{part} {n:,}" for part, n in sorted(trained.items()))
+            + "; held in: "
+            + ", ".join(f"{part} {dtype}" for part, dtype in sorted(held.items())),
             flush=True,
         )
 

@@ -127,6 +127,8 @@ def test_language_models_that_are_fine(run, mini, tmp_path):
         assert check_run.language_model(run(model_name_or_path=path)) is None
     tied = changed(mini.llm, tmp_path / "tied", {"tie_word_embeddings": True}, without("lm_head"))
     assert check_run.language_model(run(model_name_or_path=tied)) is None
+    both = changed(mini.llm, tmp_path / "both", {"tie_word_embeddings": True})
+    assert check_run.language_model(run(model_name_or_path=both)) is None
     mpt = changed(mini.llm, tmp_path / "mpt", {"model_type": "mpt"})
     assert check_run.language_model(run(2, model_name_or_path=mpt)) is None
     (tmp_path / "lora").mkdir()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import arguments
+from safetensors.torch import load_file, save_file
 from workers import Run
 
 from hacl_llava import integration
@@ -308,6 +309,16 @@ def test_a_tokenizer_without_unk_and_bos_trains(monkeypatch, capsys, mini, tmp_p
         assert (batch["attention_mask"] == (batch["input_ids"] != 3)).all()
     log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     assert log[0]["loss_lm"] > 0 and log[0]["loss_i2t"] > 0
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(monkeypatch, capsys, mini, tmp_path, llm_of_today, train_module):
+    config = json.loads((llm_of_today / "config.json").read_text())
+    (llm_of_today / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    file = llm_of_today / "model.safetensors"
+    tensors = {k: v[:100] if v.shape[0] == config["vocab_size"] else v for k, v in load_file(file).items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, {"format": "pt"})
+    said = fails(monkeypatch, capsys, mini, tmp_path, "--model_name_or_path", llm_of_today)
+    assert "and the model has 100 rows: the tokenizer of" in said and "is of a larger vocabulary" in said
 
 
 def test_a_tokenizer_that_nothing_can_pad_is_named(monkeypatch, capsys, mini, tmp_path, llm_of_today, train_module):
