@@ -548,11 +548,12 @@ def draw(report, path):
             for y, v in zip(places, values):
                 axis.text(v + 0.02, y, f"{v:.2f}", va="center", fontsize=7)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_yticks(list(at), list(steps), fontsize=8)
         axis.set_xlim(0, 2.5)
         axis.set_xlabel("to stock LLaVA's step", fontsize=8)
         axis.set_title(part["title"], fontsize=8)
         axis.legend(fontsize=7, loc="lower right")
+    longest = max((part["steps"] for part in parts), key=len)  # the axis is shared, and not every panel has all steps
+    axes[0][0].set_yticks(range(len(longest)), list(longest), fontsize=8)
     axes[0][0].invert_yaxis()
     save(figure, path)
 

@@ -353,7 +353,7 @@ class TokenCheck:
                 item = self.stock.preprocess(source, self.tokenizer, has_image=with_image)
             ids, labelled = item["input_ids"][0], item["labels"][0] != self.stock.IGNORE_INDEX
             if self.rows and int(ids.max()) >= self.rows:
-                found.append(("preprocess", f"holds the token {int(ids.max())}, and the model has {self.rows} rows"))
+                found.append(("vocabulary", f"holds the token {int(ids.max())}, and the model has {self.rows} rows"))
             if not labelled.any():
                 said = re.search("tokenization mismatch: [^(]*", printed.getvalue())
                 found.append(
@@ -575,8 +575,9 @@ def _without_labels(records, usable, model, training):
     visual = visual_tokens(model.vision_tower)
     check = TokenCheck(model.model_name_or_path, model.version, training.model_max_length, visual, rows)
     sample = [usable[i * len(usable) // SAMPLE] for i in range(SAMPLE)] if len(usable) > SAMPLE else usable
-    bad = [text for i in sample for kind, text in check(records[i]) if kind in ("masked", "preprocess")]
-    if beyond := next((text for text in bad if "holds the token" in text), None):
+    found = [finding for i in sample for finding in check(records[i])]
+    bad = [text for kind, text in found if kind in ("masked", "preprocess")]
+    if beyond := next((text for kind, text in found if kind == "vocabulary"), None):
         return DataError(
             f"a record {beyond}: the tokenizer of {model.model_name_or_path} is of a larger vocabulary; give the one "
             "that the model was made with."
