@@ -192,8 +192,12 @@ def _built(checkpoint: Checkpoint, tower: str, hacl, options):
         model = cls.from_pretrained(None, config=config, state_dict=state, **plain)
         return model.to("cuda" if where == "auto" else where[""])
     model = cls.from_pretrained(str(checkpoint.language), config=config, **options)
-    if len(checkpoint.tokenizer) != model.get_input_embeddings().num_embeddings:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(checkpoint.tokenizer) != rows:
         model.resize_token_embeddings(len(checkpoint.tokenizer))  # as LLaVA's loader, rows beyond it included
+        # Rows that no file has would be random, and one of them now and then the likeliest token of an answer.
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight.data[rows:] = layer.weight.data[:rows].float().mean(0).to(layer.weight.dtype)
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name in checkpoint.over:

@@ -43,6 +43,7 @@ def whole(mini, tmp_path_factory):
     with torch.no_grad():
         model.lm_head.weight[:259] = 0  # special tokens and bytes: never the likeliest
     values = {"image_aspect_ratio": "pad", "tune_mm_mlp_adapter": False, "tokenizer_model_max_length": 2048}
+    values["mm_use_im_patch_token"] = False
     model.config.update(values)
     folder = tmp_path_factory.mktemp("chat") / "llava-v1.5-mini"
     model.save_pretrained(folder)

@@ -189,6 +189,21 @@ def test_13b_shapes_and_old_linear_projector(mini, stage2, image, tmp_path):
     assert len(answer(loaded, image)) == 8
 
 
+def test_a_token_that_no_file_has_is_the_mean_of_the_others(mini, stage2, tmp_path):
+    """A config that says nothing of <im_patch> gets it added, as in LLaVA's loader; never at random."""
+    model, tokenizer = stage2
+    model.save_pretrained(tmp_path / "llava-x")
+    tokenizer.save_pretrained(tmp_path / "llava-x")
+    values = json.loads((tmp_path / "llava-x/config.json").read_text())
+    del values["mm_use_im_patch_token"]
+    (tmp_path / "llava-x/config.json").write_text(json.dumps(values))
+    loaded = load_pretrained(tmp_path / "llava-x", device="cpu")
+    assert loaded.tokenizer.convert_tokens_to_ids("<im_patch>") == len(tokenizer)
+    for layer in (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()):
+        assert layer.weight.shape[0] == len(tokenizer) + 1
+        torch.testing.assert_close(layer.weight[-1], layer.weight[:-1].mean(0), rtol=0, atol=0)
+
+
 def test_projector_with_its_base_and_a_wrong_base(mini, stage2, image, tmp_path):
     model, _ = stage2
     folder = tmp_path / "llava-projector"
