@@ -38,7 +38,7 @@ from hacl_llava.common.report import COLOURS, provenance, pyplot, save, table  #
 from hacl_llava import fused  # noqa: E402
 from hacl_llava.model import HaclLlavaLlamaForCausalLM  # noqa: E402
 from hacl_llava.packing import unpack  # noqa: E402
-from hacl_llava.representation import IGNORE_INDEX, embed, eos, hidden  # noqa: E402
+from hacl_llava.representation import IGNORE_INDEX, embed, hidden, suffix  # noqa: E402
 
 # hidden, intermediate, layers, heads, vocabulary; the vision tower's hidden size and layers. The output layer has the
 # same share of the weights in each, so that what logits cost does not mislead.
@@ -95,7 +95,7 @@ def make_model(shape, device, dtype, checkpointing):
     model.config.use_cache = False
     model.config.tokenizer_model_max_length = 2048
     with torch.device(device), _dtype(dtype):
-        model.enable_hacl(HaclConfig(), 2)
+        model.enable_hacl(HaclConfig(), [2])
     model.hacl_head.to(dtype)
     model.train()
     if checkpointing:
@@ -218,7 +218,7 @@ def released_step(model, batch):
     splice = fused.splice_images if isinstance(batch["input_ids"], FAKE) else by_loops
     rows = splice(model, **of_stock(batch))
     loss_lm = stock_loss(model, rows)
-    visual = torch.cat([rows.embeds[:, 1 : 1 + VISUAL], eos(model, rows.embeds)], dim=1)
+    visual = torch.cat([rows.embeds[:, 1 : 1 + VISUAL], suffix(model, rows.embeds)], dim=1)
     e_v = hidden(model, visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device))[:, -1]
     e_text = []
     for ids, lengths in batch["_apart"]:
@@ -272,7 +272,7 @@ def all_logits(model, rows):
 
 def two_passes(model, rows):
     loss_lm = few_logits(model, rows, hidden(model, rows.embeds, rows.mask))
-    visual = torch.cat([rows.embeds[:, : 1 + VISUAL], eos(model, rows.embeds)], dim=1)
+    visual = torch.cat([rows.embeds[:, : 1 + VISUAL], suffix(model, rows.embeds)], dim=1)
     return loss_lm, hidden(model, visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device))[:, -1]
 
 

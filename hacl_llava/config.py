@@ -5,7 +5,9 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # the released code's
+RAMP = 0.2  # share of a run over which the contrast's weight rises where it begins late
 NEGATIVES = Literal["own", "batch", "global"]
+REPRESENTATION = Literal["eos", "prompt"]
 CHECK_DATA = Literal["fast", "full", "off"]
 BAD_RECORDS = Literal["refuse", "skip"]
 NONFINITE = Literal["stop", "skip"]
@@ -44,32 +46,47 @@ class HaclConfig:
     learnable_temperature: bool = _setting(True, "Train the temperature (on a log scale).")
     negatives: NEGATIVES = _setting(
         "own",
-        "Whose hallucinated captions are candidates for an image: its own (the paper's formula), those of the batch "
-        "on its rank (the released code), or those of all ranks.",
+        "Whose hallucinated captions are candidates for an image: its own (the paper's formula), its rank's batch's "
+        "(the released code), or those of all ranks.",
     )
+    representation: REPRESENTATION = _setting(
+        "eos",
+        "What stands for an image or a caption: the LLM's state at EOS behind it (the paper), or at --hacl_prompt's "
+        "last token there.",
+    )
+    prompt: str = _setting(
+        r'\nThis in one word: "', "Put behind images and captions by --hacl_representation prompt; \\n: a new line."
+    )
+    centre: bool = _setting(
+        False,
+        "Subtract the mean caption state from both sides before heads and norm.",
+    )
+    start: float = _setting(
+        0.0,
+        "Share of the run before the contrast begins; its weight then rises over a fifth of the run. 0: at once.",
+    )
+    end: float = _setting(1.0, "Share of the run after which there is none.")
     num_hallucinated: int = _setting(
         -1,
-        "Hallucinated captions used per image: -1 takes all a record has, 0 contrasts images with captions only, "
-        "K takes the first K.",
+        "Hallucinated captions used per image: -1 all, 0 none (contrast with captions only), K the first K.",
     )
     queue_size: int = _setting(
-        0, "Past image and caption features kept as further negatives (the paper: 16384; 0: none). Any number will do."
+        0, "Past image and caption features kept as further negatives (the paper: 16384; 0: none)."
     )
     gather: bool = _setting(True, "Contrast over the batches of all ranks, with gradient; False: each rank on its own.")
     head_dim: int = _setting(
         -1,
-        "Width of the two projection heads: -1 is a quarter of the LLM's hidden size (the released code), 0 means no "
-        "heads, contrast in the LLM's own space (the paper's formula).",
+        "Width of the two projection heads: -1 a quarter of the LLM's hidden size (the released code), 0 no heads (the "
+        "paper's formula).",
     )
     fused: bool = _setting(
         True,
-        "Share the generation pass with the visual representation, and compute logits on supervised positions only; "
-        "False: a separate pass and full logits (the same result, slower).",
+        "Share the generation pass with the image's representation; False: separate passes (the same result, slower).",
     )
     visual_bos: bool = _setting(
         True,
-        "Start the visual sequence with what stands before the image (BOS), as the captions do; False: the image "
-        "tokens alone, as the released code has it (needs --hacl_fused False).",
+        "Start the visual sequence with BOS, as the captions do; False: image tokens alone, the released code (needs "
+        "--hacl_fused False).",
     )
 
     def __post_init__(self) -> None:
@@ -83,6 +100,14 @@ class HaclConfig:
             refuse("temperature", f"a number from {low} to {high} (0.07 is the usual start)")
         if self.negatives not in (allowed := NEGATIVES.__args__):
             refuse("negatives", f"one of {', '.join(allowed)}")
+        if self.representation not in (allowed := REPRESENTATION.__args__):
+            refuse("representation", f"one of {', '.join(allowed)}")
+        if not self.prompt.strip():
+            refuse("prompt", "a text with a word in it, as the default, " + repr(type(self).prompt))
+        if not 0 <= self.start < 1:
+            refuse("start", "a share of the run, from 0 to less than 1")
+        if not self.start < self.end <= 1:
+            refuse("end", f"a share of the run, more than hacl_start ({self.start:g}), at most 1")
         if self.num_hallucinated < -1:
             refuse("num_hallucinated", "-1 (all) or a number >= 0")
         if self.queue_size < 0:
@@ -93,6 +118,14 @@ class HaclConfig:
             refuse("visual_bos", "True while hacl_fused is True (that pass has a BOS); set --hacl_fused False too")
         if self.negatives == "global" and not self.gather:
             refuse("negatives", "'own' or 'batch' while hacl_gather is False")
+
+    def weight_at(self, progress: float) -> float:
+        """The contrast's weight when so much of a run is done, ``progress`` from 0 to 1 (`start`, `end`)."""
+        if progress >= self.end and self.end < 1:
+            return 0.0
+        if not self.start:
+            return self.weight
+        return self.weight * min(max((progress - self.start) / RAMP, 0.0), 1.0)
 
     @classmethod
     def from_arguments(cls, arguments: Any) -> "HaclConfig":

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from . import compat  # noqa: F401  (before llava)
 from .common import jsonl
 from .common.images import image_path, size_problem
-from .config import RunSettings, on_first_rank
+from .config import HaclConfig, RunSettings, on_first_rank
 from .packing import pack
 from .records import (
     DataError,
@@ -22,6 +22,7 @@ from .records import (
     list_records,
     name_of,
 )
+from .representation import suffix_ids
 
 # isort: split
 import llava.train.train as stock
@@ -113,8 +114,11 @@ def entry_of(path: str | os.PathLike, index: int, record: Any, problem: str, whe
     return {**entry, "problem": problem, "when": when}
 
 
-def tokenize_caption(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
-    """Token ids of a caption from BOS to EOS; one that is too long is cut so that EOS stays.
+def tokenize_caption(text: str, tokenizer: PreTrainedTokenizerBase, suffix: Sequence[int]) -> torch.Tensor | None:
+    """Token ids of a caption, BOS before it and the suffix behind it; one that is too long is cut so that this stays.
+
+    Args:
+        suffix: `representation.suffix_ids`.
 
     Returns:
         A 1-d long tensor of at most ``tokenizer.model_max_length`` ids, or None for an empty text.
@@ -129,7 +133,7 @@ def tokenize_caption(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Ten
         ids = [bos, *ids]
     if getattr(tokenizer, "add_eos_token", False) and ids[-1:] == [eos]:
         ids = ids[:-1]
-    return torch.tensor(ids[: tokenizer.model_max_length - 1] + [eos], dtype=torch.long)
+    return torch.tensor(ids[: tokenizer.model_max_length - len(suffix)] + [*suffix], dtype=torch.long)
 
 
 def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -273,12 +277,13 @@ class HaclDataset(GuardedDataset):
     """LLaVA's records with ``caption_ids`` and ``hallucinated_ids`` beside ``input_ids``, ``labels``, ``image``.
 
     K, the number of hallucinated captions, is that of the record with most (at most ``hacl_num_hallucinated``),
-    so that every batch on every rank has the same number of rows.
+    so that every batch on every rank has the same number of rows. ``data_args.hacl`` is the `HaclConfig`.
     """
 
     def __init__(self, data_path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, data_args: Any) -> None:
         super().__init__(data_path, tokenizer, data_args)
-        limit = getattr(data_args, "hacl_num_hallucinated", -1)
+        config = getattr(data_args, "hacl", None) or HaclConfig()
+        self.suffix, limit = suffix_ids(config, tokenizer), config.num_hallucinated
         found = [_number_of_hallucinated(r) for r in self.list_data_dict]
         self.num_hallucinated = max(found) if limit < 0 else min(limit, max(found))
         images = sum("image" in r for r in self.list_data_dict if isinstance(r, dict))
@@ -298,9 +303,9 @@ class HaclDataset(GuardedDataset):
             # A tokenizer that adds no BOS: captions have one, and without it before the image, EOS would take its part.
             item["input_ids"] = torch.cat([torch.tensor([bos]), item["input_ids"]])
             item["labels"] = torch.cat([torch.tensor([stock.IGNORE_INDEX]), item["labels"]])
-        item["caption_ids"] = tokenize_caption(caption_of(record), self.tokenizer)
+        item["caption_ids"] = tokenize_caption(caption_of(record), self.tokenizer, self.suffix)
         captions = hallucinated_captions(record)[: self.num_hallucinated]
-        ids = [tokenize_caption(c, self.tokenizer) for c in captions]
+        ids = [tokenize_caption(c, self.tokenizer, self.suffix) for c in captions]
         item["hallucinated_ids"] = ids + [None] * (self.num_hallucinated - len(ids))
         return item
 
@@ -323,7 +328,7 @@ def _is_plain():
 class HaclCollator:
     """LLaVA's collator, and ``texts``: the batch's captions, then its hallucinated captions, as `packing.PackedTexts`.
 
-    The place of each text's EOS is kept: a literal ``</s>`` inside a caption does no harm.
+    The place of each text's last token is kept: a literal ``</s>`` inside a caption does no harm.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -155,7 +155,7 @@ def _measure(output, projector, seed):
         mm_projector_type="mlp2x_gelu",
     )
     model.get_model().initialize_vision_modules(arguments)
-    model.enable_hacl(HaclConfig(**SETTINGS), tokenizer.eos_token_id)
+    model.enable_hacl(HaclConfig(**SETTINGS), [tokenizer.eos_token_id])
     data_arguments = types.SimpleNamespace(
         is_multimodal=True,
         image_folder=str(output / "images"),

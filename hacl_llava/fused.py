@@ -1,7 +1,8 @@
 """HACL's step with no more passes than it needs: the same representations and the same loss as `representation`'s.
 
 - One gather puts the images of a batch into its rows (`splice_images`).
-- One pass serves generation and e_v: EOS stands in an extra last column that sees the image alone (`shared_pass`).
+- One pass serves generation and e_v: the suffix (EOS, or a prompt) stands in extra last columns, which see the image
+  alone (`shared_pass`).
 - Texts share rows and do not see each other (`texts`); they have no graph while nothing in the LLM trains.
 - Logits are computed only where there may be a label to predict (`generation`).
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import representation
 from .packing import PackedTexts, Rows, pack, splice
-from .representation import IGNORE_INDEX, embed, eos, graph_of_texts, hidden
+from .representation import IGNORE_INDEX, embed, graph_of_texts, hidden, suffix
 
 IMAGE_TOKEN_INDEX = -200  # as llava.constants; where the image goes
 
@@ -85,20 +86,21 @@ def _span(first, behind, whole):
 
 
 def shared_pass(model: Any, rows: Rows) -> Tensor:
-    """One pass for generation and e_v: EOS stands in an extra last column, at the position right behind the image, and
-    sees only the columns before that and itself; nothing sees it.
+    """One pass for generation and e_v: the suffix stands in S extra last columns, at the positions right behind the
+    image, and sees the columns before that and, causally, itself; nothing else sees it.
 
     Returns:
-        Last-layer states ``[B, T + 1, D]``; the last one is e_v.
+        Last-layer states ``[B, T + S, D]``; the last one is e_v.
     """
-    B, T = rows.mask.shape
-    every = torch.arange(T + 1, device=rows.embeds.device)
-    sees = (every[None, :] <= every[:, None])[None] & F.pad(rows.mask.bool(), (0, 1), value=True)[:, None, :]
-    eos_sees = (every[None] < rows.behind[:, None]) | (every[None] == T)
-    sees = torch.cat([sees[:, :T], eos_sees[:, None]], dim=1)
-    positions = every.expand(B, -1).clone()
-    positions[:, T] = rows.behind
-    return hidden(model, torch.cat([rows.embeds, eos(model, rows.embeds)], dim=1), sees[:, None], positions)
+    end = suffix(model, rows.embeds)
+    T, S = rows.mask.shape[1], end.shape[1]
+    every = torch.arange(T + S, device=rows.embeds.device)
+    causal = every[None, :] <= every[:, None]
+    held = F.pad(rows.mask.bool(), (0, S), value=True)
+    before = (every < rows.behind[:, None]) | (every >= T)  # what the suffix sees, as far as it is causal
+    sees = causal & torch.where((every < T)[None, :, None], held[:, None], before[:, None])
+    positions = torch.where(every < T, every, rows.behind[:, None] + every - T)
+    return hidden(model, torch.cat([rows.embeds, end], dim=1), sees[:, None], positions)
 
 
 def generation(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -154,7 +156,8 @@ def _problem(model, device):
     """What is wrong with the fused passes, or None."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (2, 9), generator=generator)
-    packed = {name: x.to(device) for name, x in pack([ids[0], ids[1, :7]]).items()}
+    end = torch.tensor(model.hacl_suffix)
+    packed = {name: x.to(device) for name, x in pack([torch.cat([t, end]) for t in (ids[0], ids[1, :7])]).items()}
     embeds, mask = embed(model, ids.to(device)), torch.ones(2, 9, dtype=torch.bool, device=device)
     mask[1, 7:] = False
     first, behind = torch.zeros(2, dtype=torch.long, device=device), torch.tensor([5, 4], device=device)
@@ -170,7 +173,7 @@ def _problem(model, device):
     def difference(a, b):
         return ((a - b).float().norm() / b.float().norm().clamp(min=1e-9)).item()
 
-    pairs = (states[:, -1], alone), (states[:, :-1][mask], plain[mask]), (together, apart)
+    pairs = (states[:, -1], alone), (states[:, : mask.shape[1]][mask], plain[mask]), (together, apart)
     found = max(difference(*pair) for pair in pairs)
     allowed = {torch.float64: 1e-8, torch.float32: 1e-3}.get(embeds.dtype, 0.1)
     if found <= allowed:

@@ -16,7 +16,7 @@ from .check_run import Run, check_run
 from .config import HaclConfig, RunSettings, hacl_argument_fields
 from .resume import SIGNALS, check_folder, lock_folder
 
-NAMES = ("ModelArguments", "DataArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
+NAMES = ("ModelArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
 SAVING = (
     "safe_save_model_for_hf_trainer",
     "get_peft_state_non_lora_maybe_zero_3",
@@ -83,7 +83,7 @@ def install(namespace: dict[str, Any], use_hacl: bool = False, stage: int | None
     def choose(model_arguments):
         namespace.update({name: (hacl if model_arguments.use_hacl else plain)[name] for name in hacl})
 
-    namespace.update(hacl, **_argument_classes(stock, use_hacl, choose, stage))
+    namespace.update(hacl, ModelArguments=_arguments(stock, use_hacl, choose, stage))
 
 
 def uninstall(namespace: dict[str, Any]) -> None:
@@ -91,8 +91,8 @@ def uninstall(namespace: dict[str, Any]) -> None:
     namespace.update(namespace.pop(_STOCK, {}))
 
 
-def _argument_classes(stock, use_hacl, choose, stage):
-    """LLaVA's ModelArguments and DataArguments with HACL's flags, which check what they are given.
+def _arguments(stock, use_hacl, choose, stage):
+    """LLaVA's ModelArguments with HACL's flags, which check what they are given.
 
     ``choose`` is called with the parsed model arguments, before train() looks up anything else.
     """
@@ -107,7 +107,7 @@ def _argument_classes(stock, use_hacl, choose, stage):
         _, data, training = arguments
         data.hacl_run = training.hacl_run = RunSettings.from_arguments(model)
         if model.use_hacl:
-            model.hacl_num_hallucinated = data.hacl_num_hallucinated
+            data.hacl = HaclConfig.from_arguments(model)  # the dataset sees the data arguments alone
         if stage is not None or model.use_hacl:
             check_run(Run(model, data, training, stage))
             SIGNALS.catch()
@@ -117,14 +117,5 @@ def _argument_classes(stock, use_hacl, choose, stage):
             # LLaVA makes projector and adapters before the Trainer seeds anything, and so does HACL its heads.
             transformers.set_seed(training.seed)
 
-    flags = hacl_argument_fields(use_hacl)
-    for_data = [f for f in flags if f[0] == "hacl_num_hallucinated"]  # the dataset sees the data arguments alone
-    for_model = [f for f in flags if f not in for_data]
-
-    def extended(name, fields, **methods):
-        return dataclasses.make_dataclass(name, fields, bases=(stock[name],), namespace=methods)
-
-    return {
-        "ModelArguments": extended("ModelArguments", for_model, __post_init__=check, hacl_parsed=parsed),
-        "DataArguments": extended("DataArguments", for_data),
-    }
+    methods, bases = {"__post_init__": check, "hacl_parsed": parsed}, (stock["ModelArguments"],)
+    return dataclasses.make_dataclass("ModelArguments", hacl_argument_fields(use_hacl), bases=bases, namespace=methods)

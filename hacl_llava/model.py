@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from .config import HaclConfig, HaclError
 from .loss import HaclLoss
 from .packing import PackedTexts
-from .representation import HEAD_FILE, HaclHead, read_head
+from .representation import HEAD_FILE, HaclHead, llm_trains, read_head, suffix_ids
 
 
 class HaclMixin:
@@ -70,7 +71,7 @@ class HaclMixin:
             attn_implementation = "sdpa"
         model = super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
         if folder is not None:
-            model.load_hacl_head(folder, model.config.eos_token_id)
+            model.load_hacl_head(folder)
         return model
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,23 +84,21 @@ class HaclMixin:
         if getattr(model_args, "use_hacl", False):
             config, projector = HaclConfig.from_arguments(model_args), model_args.pretrain_mm_mlp_adapter
             folder = Path(projector).parent if projector else self.config._name_or_path  # that of from_pretrained
-            if not self.load_hacl_head(folder, tokenizer.eos_token_id, config):
-                self.enable_hacl(config, tokenizer.eos_token_id)
+            suffix = suffix_ids(config, tokenizer)
+            if not self.load_hacl_head(folder, suffix, config):
+                self.enable_hacl(config, suffix)
 
-    def enable_hacl(self, config: HaclConfig, eos_token_id: int) -> None:
+    def enable_hacl(self, config: HaclConfig, suffix: Sequence[int]) -> None:
         """Create heads, temperature and loss; from now on a batch with ``texts`` is trained with HACL.
 
         Args:
             config: the settings.
-            eos_token_id: the token whose last-layer state is the global representation.
+            suffix: ids of the tokens that end each sequence (`suffix_ids`).
 
         Raises:
-            HaclError: there is no such token, or the settings do not suit the model.
+            HaclError: the settings do not suit the model.
         """
-        if eos_token_id is None:
-            raise HaclError("HACL needs a tokenizer with an EOS token; this one has none.")
-        self.hacl_config = config
-        self.hacl_eos = eos_token_id
+        self.hacl_config, self.hacl_suffix, self.hacl_weight = config, list(suffix), config.weight_at(0.0)
         projector = self.get_model().mm_projector
         reference = next(projector.parameters(), next(self.parameters()))
         self.hacl_head = HaclHead(self.config.hidden_size, config).to(reference.device)
@@ -116,12 +115,13 @@ class HaclMixin:
         self.config.hacl = config.to_dict()
         self.reset_hacl_metrics()
 
-    def load_hacl_head(self, folder: str | os.PathLike, eos_token_id: int, config: HaclConfig | None = None) -> bool:
+    def load_hacl_head(
+        self, folder: str | os.PathLike, suffix: Sequence[int] | None = None, config: HaclConfig | None = None
+    ) -> bool:
         """Enable HACL with the heads and the temperature that stage 1 left in ``folder/hacl_head.safetensors``.
 
         Args:
-            folder: of the run. eos_token_id: as in `enable_hacl`.
-            config: in place of the settings of that run; None: those.
+            folder: of the run. suffix, config: in place of those of that run; None: those.
 
         Returns:
             Whether there was such a file; without one nothing is changed.
@@ -132,15 +132,11 @@ class HaclMixin:
         found = read_head(folder)
         if found is None:
             return False
-        saved, state = found
-        self.enable_hacl(config or saved, eos_token_id)
-        own = {k: list(v.shape) for k, v in self.hacl_head.state_dict().items()}
-        got = {k: list(v.shape) for k, v in state.items()}
-        if own != got:
-            raise HaclError(
-                f"{folder}/{HEAD_FILE}: holds heads of the shapes {got}, these settings ask for {own} (hacl_head_dim)."
-            )
-        self.hacl_head.load_state_dict(state)
+        self.enable_hacl(config or found.config, suffix or found.suffix or [self.config.eos_token_id])
+        try:
+            self.hacl_head.load(found.state)
+        except HaclError as error:
+            raise HaclError(f"{folder}/{HEAD_FILE}: {error}") from None
         return True
 
     def save_pretrained(
@@ -169,7 +165,8 @@ class HaclMixin:
                 ``input_ids``, ``labels`` and ``images`` are needed. All other arguments are LLaVA's.
 
         Returns:
-            With texts, only ``loss`` = loss_lm + weight * (loss_i2t + loss_t2i) / 2; its parts are added to
+            With texts, only ``loss`` = loss_lm + weight * (loss_i2t + loss_t2i) / 2, the weight that of
+            `set_progress`; its parts are added to
             `hacl_metrics`. A row counts for the contrast if it has exactly one image, whole, and a caption.
 
         Raises:
@@ -184,7 +181,11 @@ class HaclMixin:
         loss_lm, e_v = passes.generation(self, rows)
         e_text = passes.texts(self, texts)
         contrast = self._contrast(loss_lm, e_v, e_text, rows.whole, texts["end"])
-        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_config.weight * contrast)
+        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_weight * contrast)
+
+    def set_progress(self, progress: float) -> None:
+        """Say how much of the run is done, from 0 to 1; the contrast's weight goes by it (`HaclConfig.weight_at`)."""
+        self.hacl_weight = self.hacl_config.weight_at(progress)
 
     def _batch(self, args, kwargs):
         """Of the stock forward's arguments those that HACL's step takes."""
@@ -199,6 +200,9 @@ class HaclMixin:
 
     def _contrast(self, loss_lm, e_v, e_text, whole, end):
         B = len(e_v)
+        counts = whole & (end[:B] >= 0)
+        if self.hacl_head.centre is not None and self.training:
+            self.hacl_head.centre.update(e_text[:B], counts, llm_trains(self))
         image_features, text_features, temperature = self.hacl_head(e_v, e_text)
         hallucinated = hallucination_mask = None
         if len(end) > B:
@@ -206,7 +210,6 @@ class HaclMixin:
             hallucination_mask = end[B:].view(B, -1) >= 0
         own = (loss_lm, image_features, text_features)  # before those of other ranks join
         self.hacl_own_finite = torch.stack([torch.isfinite(x.detach()).all() for x in own]).all()
-        counts = whole & (end[:B] >= 0)
         parts = self.hacl_loss(image_features, text_features[:B], hallucinated, hallucination_mask, counts, temperature)
         with torch.no_grad():
             sums = (loss_lm, parts["loss_i2t"], parts["loss_t2i"], temperature)

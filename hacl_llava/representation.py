@@ -1,10 +1,13 @@
 """What HACL contrasts: the global representation of an image and of a text, the heads, the temperature.
 
-The global representation is the last layer's state at EOS of a sequence of its own: ``[BOS, v_1 .. v_m, EOS]`` of an
-image, ``[BOS, t_1 .. t_n, EOS]`` of a text (arXiv 2312.06968). `generation` and `texts` compute them that plain way,
-one pass for each; `fused` computes the same with fewer tokens and is measured against them.
+The global representation is the last layer's state at the last token of a sequence of its own: ``[BOS, v_1 .. v_m, s]``
+of an image, ``[BOS, t_1 .. t_n, s]`` of a text. The suffix s is EOS (arXiv 2312.06968), or a short prompt that asks for
+what was seen, as sentence embeddings from LLMs do (PromptEOL, arXiv 2307.16645; E5-V, 2407.12580). `generation` and
+`texts` compute them that plain way, one pass for each; `fused` computes the same with fewer tokens and is measured
+against them.
 
-Shapes: B batch, T tokens of a row, m visual tokens, K hallucinated captions per image, D hidden size, P head size.
+Shapes: B batch, T tokens of a row, m visual tokens, S tokens of the suffix, K hallucinated captions per image, D hidden
+size, P head size.
 """
 
 import contextlib
@@ -13,18 +16,42 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from .config import TEMPERATURE_RANGE, HaclConfig, HaclError
 from .packing import PackedTexts, Rows, unpack
 
 IGNORE_INDEX = -100  # as llava.constants; labels without loss
 HEAD_FILE = "hacl_head.safetensors"
+LONGEST_SUFFIX = 64  # tokens
+
+
+def suffix_ids(config: HaclConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end every sequence, an image's and a text's alike: EOS, or those of ``config.prompt``.
+
+    Raises:
+        HaclError: there is no EOS; the prompt is more than `LONGEST_SUFFIX` tokens, or a special token is in it.
+    """
+    if config.representation == "eos":
+        if tokenizer.eos_token_id is None:
+            raise HaclError(
+                "the tokenizer has no EOS token; give it one, or --hacl_representation prompt, which needs none."
+            )
+        return [tokenizer.eos_token_id]
+    ids = tokenizer(config.prompt.replace("\\n", "\n"), add_special_tokens=False).input_ids
+    if special := sorted(set(ids) & set(tokenizer.all_special_ids)):
+        named = tokenizer.convert_ids_to_tokens(special)
+        raise HaclError(f"hacl_prompt is {config.prompt!r}, which has the special tokens {named}; give plain text.")
+    if not 1 <= len(ids) <= LONGEST_SUFFIX:
+        raise HaclError(f"hacl_prompt is {len(ids)} tokens, allowed are 1 to {LONGEST_SUFFIX}; each row has them.")
+    return ids
 
 
 class _Float32Linear(nn.Linear):
@@ -52,8 +79,58 @@ class _ClampInward(torch.autograd.Function):
         return grad.masked_fill(outward, 0), None, None
 
 
+class Centre:
+    """The mean state of captions, c, subtracted from e_v, e_t and e_h before heads and norm.
+
+    The states of an LLM share one large direction: raw, the cosine of a caption with any other is above .9, and at the
+    usual temperatures nearly nothing is left to tell them by. In step s, c_s = c_(s-1) + r_s (m_s - c_(s-1)), where m_s
+    is the mean over the captions of all ranks and r_s = 1 / s: the mean of all so far. After `STEPS` steps it stays
+    as it is while the LLM is frozen, and follows slowly, r_s = 1 / STEPS, one that trains.
+
+    A plain tensor in float32, no buffer, which DeepSpeed would round to its own dtype.
+    """
+
+    STEPS = 100
+
+    def __init__(self) -> None:
+        self.mean, self.steps = None, 0
+
+    @torch.no_grad()
+    def update(self, states: Tensor, mask: Tensor, moves: bool) -> None:
+        """Take a batch in; every rank must call it.
+
+        Args:
+            states: ``[B, D]`` e_t. mask: ``[B]`` bool, which of them count. moves: whether the LLM trains.
+        """
+        rate = 1 / min(self.steps + 1, self.STEPS)
+        if self.steps >= self.STEPS and not moves:
+            return
+        states = states.detach().float()
+        mask = (mask & torch.isfinite(states).all(1))[:, None]
+        sums = torch.cat([states.masked_fill(~mask, 0).sum(0), mask.sum(0).float()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        old = torch.zeros_like(sums[:-1]) if self.mean is None else self.mean.to(sums.device)
+        # A batch without captions leaves it as it is; without waiting for the device to say so.
+        self.mean = torch.where(sums[-1] > 0, old + rate * (sums[:-1] / sums[-1].clamp(min=1) - old), old)
+        self.steps += 1
+
+    def subtract(self, states: Tensor) -> Tensor:
+        """``states`` less the mean, float32."""
+        return states if self.mean is None else states.float() - self.mean.to(states.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, for a file; empty before the first batch."""
+        return {} if self.mean is None else {"centre": self.mean.cpu(), "centre_steps": torch.tensor(float(self.steps))}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take `state` back, from a dict that may hold more; what is taken leaves it."""
+        if "centre" in state:
+            self.mean, self.steps = state.pop("centre").float(), int(state.pop("centre_steps"))
+
+
 class HaclHead(nn.Module):
-    """Projection heads of both modalities and the temperature, in one module, so that ZeRO-3 gathers them by its call.
+    """Projection heads of both modalities, temperature and centre, in one module, so that ZeRO-3 gathers them at once.
 
     The heads are those of the released code: one linear layer each, D -> P. With ``head_dim`` 0 there are none, and
     the representations are contrasted as they are (the formula of arXiv 2312.06968).
@@ -77,6 +154,21 @@ class HaclHead(nn.Module):
         self.log_temperature = nn.Parameter(
             torch.tensor([math.log(config.temperature)]), requires_grad=config.learnable_temperature
         )
+        self.centre = Centre() if config.centre else None
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take weights, temperature and centre from what `read_head` returns.
+
+        Raises:
+            HaclError: they are of other shapes.
+        """
+        state = dict(state)
+        (self.centre or Centre()).load(state)
+        own = {k: list(v.shape) for k, v in self.state_dict().items()}
+        got = {k: list(v.shape) for k, v in state.items()}
+        if own != got:
+            raise HaclError(f"holds heads of the shapes {got}, these settings ask for {own} (hacl_head_dim).")
+        self.load_state_dict(state)
 
     def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and normalise, in float32.
@@ -88,6 +180,8 @@ class HaclHead(nn.Module):
         Returns:
             ``[B, P]`` and ``[N, P]`` of unit norm, and the temperature, a 0-d tensor within `TEMPERATURE_RANGE`.
         """
+        if self.centre is not None:
+            visual, text = self.centre.subtract(visual), self.centre.subtract(text)
         low, high = (math.log(limit) for limit in TEMPERATURE_RANGE)
         temperature = _ClampInward.apply(self.log_temperature.float(), low, high).exp().squeeze()
         return (
@@ -97,8 +191,16 @@ class HaclHead(nn.Module):
         )
 
 
-def read_head(folder: str | os.PathLike) -> tuple[HaclConfig, dict[str, Tensor]] | None:
-    """The settings and the state dict of ``folder/hacl_head.safetensors``; None where there is none.
+class SavedHead(NamedTuple):
+    """What ``hacl_head.safetensors`` holds: settings, tensors by name, ids of the suffix (None: an older file)."""
+
+    config: HaclConfig
+    state: dict[str, Tensor]
+    suffix: list[int] | None
+
+
+def read_head(folder: str | os.PathLike) -> SavedHead | None:
+    """Read ``folder/hacl_head.safetensors``; None where there is none.
 
     Raises:
         HaclError: it is damaged.
@@ -108,8 +210,10 @@ def read_head(folder: str | os.PathLike) -> tuple[HaclConfig, dict[str, Tensor]]
         return None
     try:
         with safe_open(file, "pt") as found:
-            config = HaclConfig.from_dict(json.loads((found.metadata() or {})["hacl"]))
-            return config, {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (no iterator)
+            metadata = found.metadata() or {}
+            config = HaclConfig.from_dict(json.loads(metadata["hacl"]))
+            state = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (no iterator)
+            return SavedHead(config, state, json.loads(metadata.get("suffix", "null")))
     except (KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise HaclError(f"{file}: cannot be read ({error}); it is written by stage 1 with HACL.") from None
 
@@ -122,9 +226,9 @@ def embed(model: Any, ids: Tensor) -> Tensor:
     return model.get_model().embed_tokens(ids)
 
 
-def eos(model: Any, embeds: Tensor) -> Tensor:
-    """``[B, 1, D]``, EOS for each row of ``embeds``, of their dtype."""
-    ids = torch.full((len(embeds), 1), model.hacl_eos, dtype=torch.long, device=embeds.device)
+def suffix(model: Any, embeds: Tensor) -> Tensor:
+    """``[B, S, D]``, the suffix for each row of ``embeds``, of their dtype."""
+    ids = torch.tensor(model.hacl_suffix, device=embeds.device).expand(len(embeds), -1)
     return embed(model, ids).to(embeds.dtype)
 
 
@@ -141,22 +245,23 @@ def hidden(model: Any, embeds: Tensor, mask: Tensor, positions: Tensor | None = 
     )[0]
 
 
-@contextlib.contextmanager
-def graph_of_texts(model: Any) -> Iterator[None]:
-    """Inside, texts have a graph only if something in the LLM trains: else only the heads behind them do.
-
-    Asked of the parameters, not of a flag: LoRA, stage 2 or trained embeddings need the graph.
-    """
+def llm_trains(model: Any) -> bool:
+    """Whether anything in the LLM trains; asked of the parameters, not of a flag: LoRA or embeddings count."""
     outside = ("mm_projector", "vision_tower", "image_newline")
-    trains = any(
+    return any(
         p.requires_grad for n, p in model.get_model().named_parameters() if not any(part in n for part in outside)
     )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+
+
+@contextlib.contextmanager
+def graph_of_texts(model: Any) -> Iterator[None]:
+    """Inside, texts have a graph only if something in the LLM trains: else only the heads behind them do."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and llm_trains(model)):
         yield
 
 
 def generation(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-    """LLaVA's own forward, then a pass over ``[BOS, image, EOS]`` (without BOS if so set).
+    """LLaVA's own forward, then a pass over ``[BOS, image, suffix]`` (without BOS if so set).
 
     Returns:
         loss_lm, 0-d: the mean over the batch's labels, 0 without any. e_v ``[B, D]``.
@@ -172,13 +277,14 @@ def generation(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
 
 def image(model: Any, embeds: Tensor, first: Tensor, behind: Tensor) -> Tensor:
     """e_v ``[B, D]`` of the columns from ``first`` to ``behind`` ``[B]`` of ``embeds`` ``[B, T, D]``, in a pass."""
-    length = behind - first
-    columns = torch.arange(int(length.max()) + 1, device=embeds.device)
-    take = (first[:, None] + columns[None]).clamp(max=embeds.shape[1] - 1)
-    rows = embeds.gather(1, take[..., None].expand(-1, -1, embeds.shape[-1]))
-    rows = torch.where((columns[None] == length[:, None])[..., None], eos(model, embeds), rows)
-    states = hidden(model, rows, columns[None] <= length[:, None])
-    return states[torch.arange(len(states), device=states.device), length]
+    length, end = behind - first, suffix(model, embeds)
+    S, D = end.shape[1:]
+    columns = torch.arange(int(length.max()) + S, device=embeds.device)[None]
+    table = torch.cat([embeds, end], dim=1)
+    take = torch.where(columns < length[:, None], first[:, None] + columns, embeds.shape[1] + columns - length[:, None])
+    rows = table.gather(1, take.clamp(max=table.shape[1] - 1)[..., None].expand(-1, -1, D))
+    states = hidden(model, rows, columns < length[:, None] + S)
+    return states[torch.arange(len(states), device=states.device), length + S - 1]
 
 
 def texts(model: Any, packed: PackedTexts) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import __version__
 from .common.files import locked
 from .compat import order_is_of_one_rank
-from .config import HaclError, on_first_rank
+from .config import HaclConfig, HaclError, on_first_rank
 
 MANIFEST = "files.json"  # of a checkpoint: what belongs to it, with sizes
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, saved; the same command goes on
@@ -230,6 +230,8 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if then["seed"] != now["seed"]:
         found.append(f"--seed {then['seed']} then, {now['seed']} now: the order of the data is another")
     a, b = then["hacl"] or {}, now["hacl"] or {}
+    if a and b:  # a setting that an older version did not have was what its default is
+        a, b = ({**HaclConfig().to_dict(), **x} for x in (a, b))
     found += [f"hacl_{k} {a.get(k)} then, {b.get(k)} now" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     return found
 

@@ -58,9 +58,12 @@ def save_head(model: torch.nn.Module, folder: str | os.PathLike, write: bool = T
     if not write or not state:
         return None
     state = {k[k.index("hacl_head.") + len("hacl_head.") :]: v.contiguous() for k, v in state.items()}
+    if model.hacl_head.centre is not None:
+        state |= model.hacl_head.centre.state()
     path = Path(folder) / HEAD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "hacl": json.dumps(model.config.hacl), "hacl_llava": __version__}
+    metadata["suffix"] = json.dumps(model.hacl_suffix)
     with atomic(path) as part:
         safetensors.torch.save_file(state, part, metadata=metadata)
     return path
@@ -388,6 +391,7 @@ class HaclTrainer(ResumableTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`ResumableTrainer`'s; after the first, one line says what runs."""
+        self.model.set_progress(self.state.global_step / max(self.state.max_steps, 1))
         loss = super().training_step(*args, **kwargs)
         if not self._said and self.is_world_process_zero():
             self._say_what_runs()
@@ -412,8 +416,12 @@ class HaclTrainer(ResumableTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.model.hacl_config.queue_size:
+        if checkpoint is None:
+            return
+        if self.model.hacl_config.queue_size:
             self._load_queue(Path(checkpoint) / self._queue_file())
+        if self.model.hacl_head.centre is not None and (found := read_head(checkpoint)):  # no part of any state dict
+            self.model.hacl_head.centre.load(found.state)
 
     def _load_queue(self, path):
         try:
@@ -428,7 +436,7 @@ class HaclTrainer(ResumableTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if found := read_head(resume_from_checkpoint):
-            self.model.hacl_head.load_state_dict(found[1])
+            self.model.hacl_head.load(found.state)
 
     def save_state(self) -> None:
         """`ResumableTrainer`'s, and the heads."""

@@ -103,6 +103,7 @@ def load(mini, dtype=None, stock=False, select_layer=-2, frozen=True, **settings
     from hacl_llava import compat
     from hacl_llava.config import HaclConfig
     from hacl_llava.model import HaclLlavaLlamaForCausalLM
+    from hacl_llava.representation import suffix_ids
 
     cls = compat.LlavaLlamaForCausalLM if stock else HaclLlavaLlamaForCausalLM
     attn = settings.pop("attn_implementation", None)
@@ -131,7 +132,8 @@ def load(mini, dtype=None, stock=False, select_layer=-2, frozen=True, **settings
     model.initialize_vision_tokenizer(model_args, tokenizer)
     if not stock:
         torch.manual_seed(5)
-        model.enable_hacl(HaclConfig(**settings), tokenizer.eos_token_id)
+        config = HaclConfig(**settings)
+        model.enable_hacl(config, suffix_ids(config, tokenizer))
     return model.to(dtype or torch.float32).train(), tokenizer
 
 
@@ -148,7 +150,7 @@ def batch_of(mini, model, tokenizer, indices=range(6), records=None, **data_args
     tower = model.get_vision_tower()
     args = types.SimpleNamespace(
         is_multimodal=True, image_folder=str(mini.images), image_processor=tower.image_processor,
-        image_aspect_ratio="square", mm_use_im_start_end=False, **data_args,
+        image_aspect_ratio="square", mm_use_im_start_end=False, hacl=model.hacl_config, **data_args,
     )  # fmt: skip
     dataset = HaclDataset(str(path), tokenizer, args)
     batch = HaclCollator(tokenizer)([dataset[i] for i in indices])

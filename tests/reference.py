@@ -49,7 +49,7 @@ def naive_step(model, batch):
         states = lm(inputs_embeds=rows[None], use_cache=False, return_dict=True)[0]
         return states[0, -1]
 
-    eos = torch.tensor([model.hacl_eos])
+    suffix = torch.tensor(model.hacl_suffix)
     images = lm.mm_projector(tower(batch["images"]))
     nll, tokens, e_v, e_t, e_h, used, h_mask = 0.0, 0, [], [], [], [], []
     captions, hallucinated = texts_of(batch)
@@ -72,13 +72,15 @@ def naive_step(model, batch):
         if not where or captions[b] is None:
             continue
         used.append(b)
-        e_v.append(last_state(torch.cat([embed(ids[:p]), images[b], embed(eos)])))
+        e_v.append(last_state(torch.cat([embed(ids[:p]), images[b], embed(suffix)])))
         e_t.append(last_state(embed(captions[b])))
-        e_h += [last_state(embed(eos if x is None else x)) for x in hallucinated[b]]
+        e_h += [last_state(embed(suffix if x is None else x)) for x in hallucinated[b]]
         h_mask.append([x is not None for x in hallucinated[b]])
-    v, t = head.visual(torch.stack(e_v)), head.text(torch.stack(e_t))
+    e_v, e_t, e_h = torch.stack(e_v), torch.stack(e_t), torch.stack(e_h) if K else None
+    centre = e_t.mean(0).detach() if model.hacl_config.centre else 0  # of a first step
+    v, t = head.visual(e_v - centre), head.text(e_t - centre)
     v, t = F.normalize(v, dim=-1), F.normalize(t, dim=-1)
-    h = F.normalize(head.text(torch.stack(e_h)), dim=-1).view(len(v), K, -1) if K else None
+    h = F.normalize(head.text(e_h - centre), dim=-1).view(len(v), K, -1) if K else None
     h_mask = torch.tensor(h_mask)
     tau = head.log_temperature.clamp(math.log(0.001), math.log(0.5)).exp()[0]
     i2t, t2i = naive_loss(v, t, h, h_mask, None, tau, model.hacl_config.negatives)

@@ -12,6 +12,7 @@ from ..common.weights import CheckpointError, Folder, save_tokenizer
 from ..compat import LlavaMistralForCausalLM, savable_generation_config
 from ..config import HaclConfig, HaclError
 from ..model import HaclLlavaLlamaForCausalLM, HaclLlavaMistralForCausalLM
+from ..representation import suffix_ids
 from .convert import write_tower
 from .read import ROWS, TOWER, Checkpoint, named, read_checkpoint
 
@@ -129,8 +130,9 @@ def _load(checkpoint, options, vision_tower, hacl=False):
     elif checkpoint.tower:
         _place(tower, checkpoint.beside)
     tower.to(device=model.get_input_embeddings().weight.device, dtype=options["torch_dtype"])
-    if hacl and not model.load_hacl_head(folder, tokenizer.eos_token_id):
-        model.enable_hacl(HaclConfig.from_dict(values.get("hacl", HaclConfig().to_dict())), tokenizer.eos_token_id)
+    if hacl and not model.load_hacl_head(folder):
+        config = HaclConfig.from_dict(values.get("hacl", HaclConfig().to_dict()))
+        model.enable_hacl(config, suffix_ids(config, tokenizer))
     context = getattr(model.config, "max_sequence_length", 2048)  # as LLaVA's loader
     return Loaded(tokenizer, model.eval(), tower.image_processor, context)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hacl_llava import check_data
+from hacl_llava.config import HaclConfig
 from hacl_llava.data import (
     DataError,
     HaclCollator,
@@ -39,13 +40,15 @@ def dataset(mini, setup, records, tmp_path, **more):
 
 def test_captions_run_from_bos_to_eos_and_a_long_one_keeps_its_eos(setup):
     tokenizer = copy.copy(setup[1])
-    ids = tokenize_caption("two red circles at the top", tokenizer)
+    ids = tokenize_caption("two red circles at the top", tokenizer, [2])
     assert ids[0] == 1 and ids[-1] == 2 and len(ids) > 4
     assert tokenizer.decode(ids[1:-1]) == "two red circles at the top"
     tokenizer.model_max_length = 6
-    cut = tokenize_caption("two red circles at the top " * 20, tokenizer)
+    cut = tokenize_caption("two red circles at the top " * 20, tokenizer, [2])
     assert len(cut) == 6 and cut[0] == 1 and cut[-1] == 2 and torch.equal(cut[:5], ids[:5])
-    assert tokenize_caption("", tokenizer) is None
+    assert tokenize_caption("", tokenizer, [2]) is None
+    prompted = tokenize_caption("two red circles at the top " * 20, tokenizer, [7, 8, 9])
+    assert len(prompted) == 6 and torch.equal(prompted[:3], ids[:3]) and prompted[3:].tolist() == [7, 8, 9]
 
 
 def test_tokenizer_that_adds_eos_itself_does_not_add_it_twice(mini):
@@ -53,7 +56,7 @@ def test_tokenizer_that_adds_eos_itself_does_not_add_it_twice(mini):
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(mini.llm), use_fast=False, add_eos_token=True)
     tokenizer.model_max_length = 64
-    ids = tokenize_caption("a red ring", tokenizer)
+    ids = tokenize_caption("a red ring", tokenizer, [2])
     assert ids.tolist().count(2) == 1 and ids[-1] == 2
 
 
@@ -95,7 +98,7 @@ def test_lengths_are_llavas_and_odd_records_have_one(mini, setup, records, tmp_p
 
 @pytest.mark.parametrize("limit, K", [(-1, 2), (1, 1), (5, 2), (0, 0)])
 def test_number_of_hallucinated_captions_used(mini, setup, records, tmp_path, limit, K):
-    data = dataset(mini, setup, records[:3], tmp_path, hacl_num_hallucinated=limit)
+    data = dataset(mini, setup, records[:3], tmp_path, hacl=HaclConfig(num_hallucinated=limit))
     batch = HaclCollator(setup[1])([data[i] for i in range(3)])
     assert data.num_hallucinated == K
     assert len(batch["texts"]["end"]) == 3 * (1 + K)

@@ -146,7 +146,7 @@ class GroupedLoss(torch.nn.Module):
         {"negatives": "own"},
         {"negatives": "batch"},
         {"negatives": "global"},
-        {"negatives": "global", "queue_size": 5, "head_dim": 0},
+        {"negatives": "global", "queue_size": 5, "head_dim": 0, "representation": "prompt", "centre": True},
         {"negatives": "own", "queue_size": 9, "fused": False},
     ],
     ids=str,

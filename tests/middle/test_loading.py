@@ -340,7 +340,7 @@ def test_our_heads_go_on(mini, stage2, tmp_path):
     with pytest.raises(HaclError, match=r"is a projector or a LoRA .* use hacl_llava.load_pretrained"):
         type(model).from_pretrained(str(tmp_path / "stage1"))
     with pytest.raises(HaclError, match="holds heads of the shapes"):
-        again.load_hacl_head(tmp_path / "stage1", 2, HaclConfig(head_dim=8))
+        again.load_hacl_head(tmp_path / "stage1", config=HaclConfig(head_dim=8))
     (tmp_path / "stage1/hacl_head.safetensors").write_bytes(b"nothing")
     with pytest.raises(HaclError, match="cannot be read"):
         load_pretrained(tmp_path / "stage1", mini.llm, device="cpu", hacl=True)

@@ -53,10 +53,15 @@ def mixed(mini, records):
     return rows
 
 
+PROMPT = {"representation": "prompt", "prompt": "\nthis in one:", "centre": True}
+
+
+@pytest.mark.parametrize("settings", [{}, PROMPT], ids=["eos", "prompt, centred"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("fused", [True, False])
-def test_step_equals_four_plain_passes(mini, mixed, checkpointing, fused):
-    model, tokenizer = load(mini, fused=fused, head_dim=16, negatives="own")
+def test_step_equals_four_plain_passes(mini, mixed, checkpointing, fused, settings):
+    model, tokenizer = load(mini, fused=fused, head_dim=16, negatives="own", **settings)
+    assert len(model.hacl_suffix) == (1 if not settings else len(tokenizer.tokenize(PROMPT["prompt"])))
     batch = batch_of(mini, model, tokenizer, range(7), mixed)
     want = reference(model, batch)
     if CHECKPOINTING[checkpointing]:
@@ -79,6 +84,8 @@ def test_step_equals_four_plain_passes(mini, mixed, checkpointing, fused):
         {"negatives": "batch"},
         {"head_dim": 0, "learnable_temperature": False, "temperature": 0.2},
         {"weight": 0.1, "num_hallucinated": -1},
+        {"centre": True, "head_dim": 0},
+        {"representation": "prompt", "prompt": "all", "centre": True, "head_dim": 0},
     ],
     ids=str,
 )
@@ -90,30 +97,44 @@ def test_step_with_other_settings(mini, mixed, settings):
     assert_same(got, want)
 
 
-def test_controls_eos_that_sees_the_caption_or_stands_elsewhere_fails(mini, mixed, monkeypatch):
-    model, tokenizer = load(mini)
+@pytest.mark.parametrize("settings", [{}, PROMPT], ids=["eos", "prompt, centred"])
+def test_controls_suffix_that_sees_the_caption_or_stands_elsewhere_fails(mini, mixed, monkeypatch, settings):
+    model, tokenizer = load(mini, **settings)
     batch = batch_of(mini, model, tokenizer, range(7), mixed)
     want = reference(model, batch)
     assert_same(run(model, batch), want)
-    hidden = fused.hidden
+    hidden, S = fused.hidden, len(model.hacl_suffix)
 
-    def sees_one_column_more(model, embeds, sees, positions):
-        if len(sees) == 7:  # of the generation pass, where EOS stands behind all
-            sees = sees.clone()
-            sees[:, 0, -1] |= torch.arange(sees.shape[-1])[None] == positions[:, -1:]
-        return hidden(model, embeds, sees, positions)
+    def of_the_suffix(change):
+        def broken(model, embeds, sees, positions):
+            if len(sees) == 7:  # the generation pass, where the suffix stands behind all
+                sees, positions = sees.clone(), positions.clone()
+                change(sees, positions)
+            return hidden(model, embeds, sees, positions)
 
-    def wrong_position(model, embeds, sees, positions):
-        if len(sees) == 7:
-            positions = positions.clone()
-            positions[:, -1] += 1
-        return hidden(model, embeds, sees, positions)
+        return broken
 
-    for broken in (sees_one_column_more, wrong_position):
-        monkeypatch.setattr(fused, "hidden", broken)
+    def sees_one_column_more(sees, positions):
+        sees[:, 0, -1] |= torch.arange(sees.shape[-1])[None] == positions[:, -S, None]
+
+    def wrong_position(sees, positions):
+        positions[:, -1] += 1
+
+    def does_not_see_itself(sees, positions):
+        sees[:, 0, -1, -S:-1] = False
+
+    for change in (sees_one_column_more, wrong_position, *([does_not_see_itself] if S > 1 else [])):
+        monkeypatch.setattr(fused, "hidden", of_the_suffix(change))
+        model.hacl_head.centre = settings and type(model.hacl_head.centre)() or None  # as before a first step
         with pytest.raises(AssertionError):
             assert_same(run(model, batch), want)
         monkeypatch.setattr(fused, "hidden", hidden)
+    if S > 1:  # another tokenization behind the image than behind the captions
+        model.hacl_suffix = [*reversed(model.hacl_suffix)]
+        with pytest.raises(AssertionError):
+            assert_same(run(model, batch), want)
+        model.hacl_suffix.reverse()
+    model.hacl_head.centre = settings and type(model.hacl_head.centre)() or None
     assert_same(run(model, batch), want)
 
 
@@ -332,7 +353,7 @@ def test_mistral_twin(mini):
     model.get_model().vision_tower = base.get_vision_tower()
     model.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
-    model.enable_hacl(HaclConfig(), tokenizer.eos_token_id)
+    model.enable_hacl(HaclConfig(), [tokenizer.eos_token_id])
     batch = batch_of(mini, base, tokenizer)
     assert_same(run(model, batch), reference(model, batch))
     assert model.hacl_fused

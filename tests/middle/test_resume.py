@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import arguments, names_in, relative
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from workers import Run, slow_disk
 
 from hacl_llava import resume
@@ -35,8 +37,6 @@ def stage1(mini, output, *more):
 
 def final(folder):
     """What a run left: every tensor, and losses and learning rates by step."""
-    from safetensors.torch import load_file
-
     tensors = torch.load(folder / "mm_projector.bin", weights_only=True)
     if (folder / "hacl_head.safetensors").exists():
         tensors |= load_file(folder / "hacl_head.safetensors")
@@ -75,8 +75,9 @@ def train(monkeypatch, capsys, mini):
 
 
 def test_goes_on_as_if_never_stopped(train, tmp_path):
-    """In the middle of the second epoch, with LLaVA's sampler by lengths and the queue: bit for bit."""
+    """In the middle of the second epoch, with LLaVA's sampler by lengths, queue, centre, a late start: bit for bit."""
     flags = ("--save_total_limit", "8", "--group_by_modality_length", "True")
+    flags += ("--hacl_centre", "True", "--hacl_start", "0.6", "--hacl_head_dim", "0")
     assert train(tmp_path / "whole", *flags)[0] == 0
     want, log = final(tmp_path / "whole")
     assert len(log) == 8 and steps(tmp_path / "whole") == list(range(1, 9))
@@ -100,14 +101,20 @@ def test_goes_on_as_if_never_stopped(train, tmp_path):
     assert not same(resumed("queue", lambda f: (f / "hacl_queue_0.pt").unlink())[0], want)
 
     def forget(folder):
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-
         with safe_open(folder / STATE_FILE, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys() if not k.startswith("exp_avg_sq")}  # noqa: SIM118
             save_file(tensors, folder / STATE_FILE, metadata=file.metadata())
 
     assert not same(resumed("optimizer", forget)[0], want)
+
+    def without_centre(folder):
+        file = folder / "hacl_head.safetensors"
+        kept = {k: v for k, v in load_file(file).items() if "centre" not in k}
+        with safe_open(file, "pt") as old:
+            metadata = old.metadata()
+        save_file(kept, file, metadata=metadata)
+
+    assert not same(resumed("centre", without_centre)[0], want)
 
 
 def test_what_cannot_be_as_it_was_is_said(train, tmp_path, mini, records):
@@ -398,6 +405,7 @@ EPOCHS = max(2, KILLS // 2)  # of four steps
 def ranks(mini, rows, output, number, *more):
     """Stage 1 under DeepSpeed ZeRO-2, begun on so many ranks."""
     argv = stage1(mini, output, "--data_path", rows, "--deepspeed", "zero_configs/zero2.json", *more)
+    argv += ["--hacl_representation", "prompt", "--hacl_centre", "True"]
     argv += ["--per_device_train_batch_size", str(8 // number), "--num_train_epochs", str(EPOCHS)]
     return Run(argv, output.with_suffix(".log"), ranks=number)
 
