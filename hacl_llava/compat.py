@@ -13,6 +13,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from .config import preset_in
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -68,9 +70,11 @@ def _argument_parser():
                     known[f"--{new}"].option_strings.append(f"--{old}")
                     known[f"--{old}"] = known[f"--{new}"]
 
-        def parse_args_into_dataclasses(self, *args, **kwargs):
+        def parse_args_into_dataclasses(self, args=None, *more, **kwargs):
             # Not for a version's sake: the one moment when all of LLaVA's arguments are known and nothing is loaded.
-            parsed = super().parse_args_into_dataclasses(*args, **kwargs)
+            if "--hacl_preset" in self._option_string_actions:
+                self.set_defaults(**preset_in(sys.argv[1:] if args is None else args))
+            parsed = super().parse_args_into_dataclasses(args, *more, **kwargs)
             for arguments in parsed:
                 if hasattr(arguments, "hacl_parsed"):
                     arguments.hacl_parsed(parsed)

@@ -1,6 +1,8 @@
 """Every HACL setting in one checked place. Standard library only."""
 
+import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -194,6 +196,20 @@ class RunSettings:
 
 
 USE_HACL = "Train with HACL: contrast each image with its caption, with hallucinated captions as hard negatives."
+PRESET = "Defaults of the other flags: the paper's formula, the released code's, or these; a flag that is given wins."
+PRESETS = {
+    "default": {},
+    "paper": {"queue_size": 16384, "head_dim": 0},
+    # Its hallucinated captions are used only without queue and gather.
+    "release": {"negatives": "batch", "gather": False, "fused": False, "visual_bos": False},
+}
+
+
+def preset_in(argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that ``--hacl_preset NAME`` of a command line stands for: ``{"hacl_queue_size": 16384, ...}``."""
+    words = " ".join(argv).replace("=", " ").replace("--hacl-preset", "--hacl_preset").split()
+    names = [b for a, b in itertools.pairwise(words) if a == "--hacl_preset"]
+    return {f"hacl_{k}": v for name in names[-1:] for k, v in PRESETS.get(name, {}).items()}
 
 
 def hacl_argument_fields(use_hacl: bool) -> list[tuple[str, Any, Field]]:
@@ -202,6 +218,7 @@ def hacl_argument_fields(use_hacl: bool) -> list[tuple[str, Any, Field]]:
     As ``dataclasses.make_dataclass`` takes them.
     """
     flags = [("use_hacl", bool, _setting(use_hacl, USE_HACL))]
+    flags += [("hacl_preset", Literal[tuple(PRESETS)], _setting("default", PRESET))]
     return flags + [
         (f"hacl_{f.name}", f.type, field(default=f.default, metadata=f.metadata))
         for settings in (HaclConfig, RunSettings)

@@ -13,7 +13,7 @@ import transformers
 from . import compat
 from .check_data import check_before_run
 from .check_run import Run, check_run
-from .config import HaclConfig, RunSettings, hacl_argument_fields
+from .config import HaclConfig, RunSettings, hacl_argument_fields, on_first_rank, preset_in
 from .resume import SIGNALS, check_folder, lock_folder
 
 NAMES = ("ModelArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
@@ -107,6 +107,9 @@ def _arguments(stock, use_hacl, choose, stage):
         _, data, training = arguments
         data.hacl_run = training.hacl_run = RunSettings.from_arguments(model)
         if model.use_hacl:
+            if on_first_rank() and (flags := preset_in(["--hacl_preset", model.hacl_preset])):
+                said = " ".join(f"--{name} {value}" for name, value in flags.items())
+                print(f"HACL preset {model.hacl_preset}: {said}, where no other value is given.", flush=True)
             data.hacl = HaclConfig.from_arguments(model)  # the dataset sees the data arguments alone
         if stage is not None or model.use_hacl:
             check_run(Run(model, data, training, stage))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from workers import Run
 
 from hacl_llava import integration
-from hacl_llava.config import HaclConfig
+from hacl_llava.config import PRESETS, HaclConfig
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_every_setting_is_a_flag_with_a_help_text(train_module, tmp_path):
 
     integration.install(vars(train_module))
     names = ("ModelArguments", "DataArguments", "TrainingArguments")
-    parser = transformers.HfArgumentParser([getattr(train_module, name) for name in names])
+    parser = train_module.transformers.HfArgumentParser([getattr(train_module, name) for name in names])
     actions = {a.dest: a for a in parser._actions}
     for name in HaclConfig().to_dict():
         assert len(actions[f"hacl_{name}"].help) > 20
@@ -68,6 +68,11 @@ def test_every_setting_is_a_flag_with_a_help_text(train_module, tmp_path):
     config = HaclConfig.from_arguments(args)
     assert config == HaclConfig(negatives="global", queue_size=16384, fused=False, num_hallucinated=3)
     assert HaclConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for argv, head_dim in (["--hacl_preset", "paper"], 0), (["--hacl_preset=paper", "--hacl_head_dim", "8"], 8):
+        args, _, _ = parser.parse_args_into_dataclasses([*argv, "--use_hacl", "False", "--output_dir", str(tmp_path)])
+        assert HaclConfig.from_arguments(args) == HaclConfig(queue_size=16384, head_dim=head_dim)
+    for preset in PRESETS.values():
+        HaclConfig(**preset)  # its parts go together
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,7 @@ def test_help_reads_well(monkeypatch, capsys):
         run_main(monkeypatch, capsys, "--help_all")
     everything = capsys.readouterr().out
     assert "--hacl_queue_size" in everything and "--learning_rate" in everything and "--warmup_ratio" in everything
-    assert len(out.splitlines()) < 110 and max(map(len, out.splitlines())) <= 120
+    assert len(out.splitlines()) < 115 and max(map(len, out.splitlines())) <= 120
     for name in HaclConfig().to_dict():
         assert f"--hacl_{name}" in out
 
