@@ -67,7 +67,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["hacl-llava=hacl_llava.cli:main"],
-        "lmms_eval.models": ["hacl_llava=hacl_llava.evaluation.lmms:manifest"],  # docs/lmms-eval.md
+        "lmms_eval.models": ["hacl_llava=hacl_llava.evaluation.lmms:manifest"],  # docs/evaluation.md
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -5,7 +5,7 @@
 
 Each case is a run of scripts/pretrain_hacl.py under DeepSpeed over gloo, as many processes as ranks, all on this
 machine, with torch.distributed's functions wrapped; torch's profiler must have seen as many collectives. What a step
-sends is compared with formulas; docs/scale.md puts a 7B model's numbers into them. Writes
+sends is compared with formulas; docs/reliability.md puts a 7B model's numbers into them. Writes
 benchmarks/results/communication.json and .md. Nothing here measures a time.
 """
 
@@ -278,7 +278,7 @@ transformers {v["transformers"]}, llava {v["llava"]}.
 Counted on the miniature ({B} images a rank, head width {P}, hidden size {D}, two-layer LLM, bf16), processes over gloo
 on one machine, step {COUNTED} of {STEPS}, without logging. Bytes are what each rank puts into a call; all ranks put in
 the same. The LLM's layers hold {results[0]["llm_layers"]:,} weights; under ZeRO-3 nothing is kept between its uses.
-Features and gradients agree with the formulas of docs/scale.md: {"yes, in all cases" if not wrong else "NO"}.
+Features and gradients agree with the formulas of docs/reliability.md: {"yes, in all cases" if not wrong else "NO"}.
 
 {table(("case", "ranks", *parts), rows_of(results, parts))}
 """,

@@ -2,7 +2,7 @@
 
     python benchmarks/hallucinate.py                 558,128 records, as many as LLaVA's stage-1 set has
     python benchmarks/hallucinate.py --records 20000
-    python benchmarks/hallucinate.py --sample        the table of docs/hallucinated-captions-sample.md
+    python benchmarks/hallucinate.py --sample        the table of results/hallucinated-captions-sample.md
 
 The records are synthetic, in the layout of LLaVA's blip_laion_cc_sbu_558k.json: every second caption is one of the COCO
 captions of tests/data, the others are put together from the vocabulary in the style of web captions. Writes
@@ -29,7 +29,7 @@ from hacl_llava.records import stream_records
 
 HERE = Path(__file__).parent
 COCO = HERE.parent / "tests/data/coco_captions.json"
-SAMPLE = HERE.parent / "docs/hallucinated-captions-sample.md"
+SAMPLE = HERE / "results/hallucinated-captions-sample.md"
 QUESTIONS = ("Describe the image concisely.\n<image>", "<image>\nWrite a terse but informative summary of the picture.")
 
 

@@ -8,7 +8,7 @@ finetune_7b.sh) BATCH=${BATCH:-128} ;;
 esac
 PER_DEVICE=$((BATCH / GPUS))
 if [ "$PER_DEVICE" -lt 1 ]; then
-    echo "error: a global batch of $BATCH is no image for some of $GPUS GPUs; set BATCH (docs/scale.md)" >&2
+    echo "error: a global batch of $BATCH is no image for some of $GPUS GPUs; set BATCH (docs/reliability.md)" >&2
     exit 2
 fi
 [ $((BATCH % GPUS)) -eq 0 ] || echo "note: $BATCH is not a multiple of $GPUS GPUs; the global batch will be smaller" >&2

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Stage 1 with HACL on one machine: Vicuna-7B v1.5, CLIP ViT-L/14-336, LLaVA's 558k captions, all GPUs that it has.
-# Everything but the last block is LLaVA-1.5's own script; the queue is the paper's (arXiv 2312.06968).
+# Everything but the last block and --save_steps is LLaVA-1.5's own script; the queue is the paper's (arXiv 2312.06968).
+# LLaVA saves every 24,000 steps, which are more than the run has: a run that is killed would begin anew.
 # Global batch as LLaVA-1.5: 256 (8 GPUs x 32). With fewer GPUs raise --gradient_accumulation_steps.
 # More flags may follow: scripts/pretrain_7b.sh --hacl_negatives batch
 set -euo pipefail
@@ -29,7 +30,7 @@ exec "${COMMAND[@]}" scripts/pretrain_hacl.py \
     --gradient_accumulation_steps 1 \
     --evaluation_strategy no \
     --save_strategy steps \
-    --save_steps 24000 \
+    --save_steps 500 \
     --save_total_limit 1 \
     --learning_rate 1e-3 \
     --weight_decay 0. \

@@ -1,6 +1,6 @@
-"""Everything that was thought of as bad data, in one table: tests/test_check.py runs it, docs/bad-data.md prints it.
+"""Everything that was thought of as bad data, in one table, which tests/middle/test_check_data.py runs.
 
-``python tests/bad_data.py`` writes the table into the page.
+``python tests/bad_data.py`` writes it into docs/reliability/bad-data.md.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PAGE = Path(__file__).parent.parent / "docs/bad-data.md"
+PAGE = Path(__file__).parent.parent / "docs/reliability/bad-data.md"
 OUTCOMES = {
     "unreadable": "refused, the file as a whole",
     "refused": "refused",

@@ -1,6 +1,6 @@
 """``lmms-eval --model hacl_llava``: lmms-eval's benchmarks on every checkpoint that `load_pretrained` takes.
 
-For what to use it, and for what not: docs/lmms-eval.md. lmms-eval (0.6.1 and newer) finds `manifest` through the entry
+For what to use it, and for what not: docs/evaluation.md. lmms-eval (0.6.1 and newer) finds `manifest` through the entry
 point group ``lmms_eval.models``, whatever model is asked for: LLaVA is imported only when this one is made.
 """
 

@@ -178,7 +178,7 @@ def test_what_a_card_says_of_loading_works(kind, mini, llava, request, tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", parts(folder)[1], re.S)
     code = code.replace('"path/to/llm"', repr(str(mini.llm))).replace('"llava"\n', '"llava", device="cpu"\n')
     if kind == "hf" and tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (4, 46):
-        # such a processor takes no settings (docs/checkpoints.md)
+        # such a processor takes no settings (docs/use.md)
         code = re.sub("processor = .*", "", code)
     code += "\nassert sum(p.numel() for p in model.parameters()) > 50_000"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True)

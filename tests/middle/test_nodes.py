@@ -225,6 +225,13 @@ def test_launcher_arguments_of_several_nodes(tmp_path):
     assert "without spaces" in run("host file").stderr
 
 
+@pytest.mark.parametrize("script, records, batch", [("pretrain_7b.sh", 558_128, 256), ("finetune_7b.sh", 665_298, 128)])
+def test_a_kill_costs_a_part_of_the_run(script, records, batch):
+    """LLaVA's own stage 1 saves every 24,000 steps, of 2,180."""
+    every = int(re.search(r"--save_steps (\d+)", (ROOT / "scripts" / script).read_text())[1])
+    assert every <= records // batch // 4
+
+
 # --- what travels -----------------------------------------------------------------------------------------------------
 
 

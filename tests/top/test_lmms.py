@@ -18,7 +18,7 @@ from PIL import Image
 
 from hacl_llava.config import HaclError
 
-ABSENT = "lmms-eval is not installed: docs/lmms-eval.md says how this was tried"
+ABSENT = "lmms-eval is not installed: docs/evaluation.md says how this was tried"
 QUESTIONS = ["Is there a circle?", "What is in the image?", "Describe the image with its shapes and all colours."]
 
 
@@ -194,11 +194,11 @@ def test_the_entry_point(adapter):
 
 def commands():
     """lmms-eval's arguments in each command line of its page."""
-    page = (Path(__file__).parents[2] / "docs/lmms-eval.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     for block in re.findall(r"```bash\n(.*?)```", page, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line)
-            if "--model" in words:
+            if words and words[0] != "hacl-llava" and "--model" in words:
                 yield words[words.index("--model") :]
 
 
