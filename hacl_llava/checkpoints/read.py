@@ -139,7 +139,7 @@ def _check_kind(folder, kind, config, base):
         adapter = read_json(folder / "adapter_config.json") if kind == "lora" else {}
         said = adapter.get("base_model_name_or_path") or config.get("_name_or_path")
         what = "a LoRA" if kind == "lora" else "a projector alone"
-        raise CheckpointError(f"{folder}: is {what}; give its base{f' ({said}, it says)' if said else ''}.")
+        raise CheckpointError(f"{folder}: is {what}; give its base by --base{f' ({said}, it says)' if said else ''}.")
 
 
 def _class(values):

@@ -213,7 +213,7 @@ def test_projector_with_its_base_and_a_wrong_base(mini, stage2, image, tmp_path)
     torch.save(state, folder / "mm_projector.bin")
     want = answer(load_pretrained(folder, mini.llm, device="cpu"), image)
     assert stock_answer(folder, image, mini.llm) == want
-    refused(folder, "a projector alone; give its base", exported=True)
+    refused(folder, "a projector alone; give its base by --base", exported=True)
     models.make_llm(tmp_path / "other", layers=3)
     refused(folder, "num_hidden_layers 3, .* was trained with 2", tmp_path / "other", exported=True)
     torch.save({**state, "model.mm_projector.0.weight": torch.zeros(64, 65)}, folder / "mm_projector.bin")
