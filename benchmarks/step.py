@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import random
 import statistics
 import sys
@@ -37,8 +38,8 @@ from hacl_llava.common.files import write_json, write_text  # noqa: E402
 from hacl_llava.common.report import COLOURS, provenance, pyplot, save, table  # noqa: E402
 from hacl_llava import fused  # noqa: E402
 from hacl_llava.model import HaclLlavaLlamaForCausalLM  # noqa: E402
-from hacl_llava.packing import unpack  # noqa: E402
-from hacl_llava.representation import IGNORE_INDEX, embed, hidden, suffix  # noqa: E402
+from hacl_llava.packing import pack, unpack  # noqa: E402
+from hacl_llava.representation import IGNORE_INDEX, Centre, embed, hidden, suffix  # noqa: E402
 
 # hidden, intermediate, layers, heads, vocabulary; the vision tower's hidden size and layers. The output layer has the
 # same share of the weights in each, so that what logits cost does not mislead.
@@ -48,9 +49,15 @@ SHAPES = {
     "1b": ((2048, 5504, 24, 16, 24000), (1024, 23)),
     "7b": ((4096, 11008, 32, 32, 32000), (1024, 23)),
 }
-VISUAL = 576
+VISUAL = 576  # visual tokens of an image; --visual
+PROMPT = [*range(3, 10)]  # a suffix of seven tokens, as the default of --hacl_prompt is for a Llama tokenizer
 MEAN_TOKENS = 28  # of a caption: what a Llama tokenizer makes of LLaVA's 558k, on average
 SEED = 1
+
+
+def image_size():
+    """Pixels of a side, for patches of 14."""
+    return 14 * math.isqrt(VISUAL)
 
 
 # --- the model and its batches ----------------------------------------------------------------------------------------
@@ -77,7 +84,7 @@ def make_model(shape, device, dtype, checkpointing):
         intermediate_size=4 * tower_hidden,
         num_hidden_layers=tower_layers + 1,  # LLaVA reads the layer before the last
         num_attention_heads=max(1, tower_hidden // 64),
-        image_size=336,
+        image_size=image_size(),
         patch_size=14,
     )
     torch.manual_seed(SEED)
@@ -155,7 +162,7 @@ def make_batch(shape, device, dtype, images, captions, mean):
             {
                 "input_ids": ids,
                 "labels": labels,
-                "image": torch.zeros(3, 336, 336),
+                "image": torch.zeros(3, image_size(), image_size()),
                 "caption_ids": torch.cat([bos, caption, eos]),
                 "hallucinated_ids": hallucinated,
             }
@@ -171,9 +178,11 @@ def make_batch(shape, device, dtype, images, captions, mean):
         "owner": torch.where(held, torch.arange(len(ids))[:, None], -1),
         "end": torch.arange(len(ids)) * ids.shape[1] + lengths - 1,
     }
+    prompted = [[*(row["caption_ids"] for row in rows)], [text for row in rows for text in row["hallucinated_ids"]]]
+    batch["_prompted"] = pack([torch.cat([text[:-1], torch.tensor(PROMPT)]) for part in prompted for text in part])
     batch["_apart"] = [(ids[part], lengths[part]) for part in (slice(0, images), slice(images, None))]
     batch = tree_map(lambda x: x.to(device), batch)
-    batch["images"] = torch.randn(images, 3, 336, 336, device=device, dtype=dtype)
+    batch["images"] = torch.randn(images, 3, image_size(), image_size(), device=device, dtype=dtype)
     return batch
 
 
@@ -231,6 +240,15 @@ def released_step(model, batch):
 def our_step(model, batch):
     """C."""
     return model(**of_stock(batch), texts=batch["texts"]).loss
+
+
+def prompted_step(model, batch):
+    """C with --hacl_representation prompt and --hacl_centre."""
+    eos, model.hacl_suffix, model.hacl_head.centre = model.hacl_suffix, PROMPT, Centre()
+    try:
+        return our_step(model, {**batch, "texts": batch["_prompted"]})
+    finally:
+        model.hacl_suffix, model.hacl_head.centre = eos, None
 
 
 @contextlib.contextmanager
@@ -291,6 +309,7 @@ STEPS = {
     "A with few logits": stock_step_few_logits,
     "B: HACL as released": released_step,
     "C: HACL here": our_step,
+    "P: C with a prompt of 7 tokens, centred": prompted_step,
     **{f"C without: {idea}": without(idea) for idea in INSTEAD},
 }
 FAKE = torch._subclasses.FakeTensor
@@ -569,10 +588,13 @@ def main():
     parser.add_argument("--images", type=int, help="of a batch that is timed (default: 3; on a GPU 32)")
     parser.add_argument("--captions", type=int, default=1, metavar="K", help="hallucinated ones an image (default: 1)")
     parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a caption (default: %(default)s)")
+    what = "visual tokens of an image, a square (default: %(default)s)"
+    parser.add_argument("--visual", type=int, default=VISUAL, metavar="N", help=what)
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     parser.add_argument("--name", help="of the results: step-NAME (default: cpu or cuda)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
     args = parser.parse_args()
+    globals()["VISUAL"] = args.visual
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.images = args.images or (32 if args.device == "cuda" else 3)
     device = f"Timed on {torch.get_num_threads()} CPU threads, in float32"
