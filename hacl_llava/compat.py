@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from .config import preset_in
+from .config import HaclError, preset_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +74,10 @@ def _argument_parser():
             # Not for a version's sake: the one moment when all of LLaVA's arguments are known and nothing is loaded.
             if "--hacl_preset" in self._option_string_actions:
                 self.set_defaults(**preset_in(sys.argv[1:] if args is None else args))
-            parsed = super().parse_args_into_dataclasses(args, *more, **kwargs)
+            try:
+                parsed = super().parse_args_into_dataclasses(args, *more, **kwargs)
+            except (ValueError, ImportError) as error:  # of the Trainer's own arguments, as --tf32 without such a GPU
+                raise HaclError(str(error)) from None
             for arguments in parsed:
                 if hasattr(arguments, "hacl_parsed"):
                     arguments.hacl_parsed(parsed)

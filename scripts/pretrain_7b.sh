@@ -1,6 +1,6 @@
 #!/bin/bash
 # Stage 1 with HACL on one machine: Vicuna-7B v1.5, CLIP ViT-L/14-336, LLaVA's 558k captions, all GPUs that it has.
-# Everything but the last block and --save_steps is LLaVA-1.5's own script; the queue is the paper's (arXiv 2312.06968).
+# Everything but the queue and --save_steps is LLaVA-1.5's own script; the queue is the paper's (arXiv 2312.06968).
 # LLaVA saves every 24,000 steps, which are more than the run has: a run that is killed would begin anew.
 # Global batch as LLaVA-1.5: 256 (8 GPUs x 32). With fewer GPUs raise --gradient_accumulation_steps.
 # More flags may follow: scripts/pretrain_7b.sh --hacl_negatives batch
@@ -43,8 +43,5 @@ exec "${COMMAND[@]}" scripts/pretrain_hacl.py \
     --dataloader_num_workers 4 \
     --lazy_preprocess True \
     --report_to "${REPORT_TO:-none}" \
-    --hacl_weight 1.0 \
-    --hacl_temperature 0.07 \
-    --hacl_negatives own \
     --hacl_queue_size 16384 \
     "$@"
