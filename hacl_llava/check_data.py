@@ -4,7 +4,6 @@ A finding is an error where stock LLaVA would end the run, or spoil other record
 the record is trained on, but most likely not as it was meant.
 """
 
-import argparse
 import collections
 import contextlib
 import functools
@@ -15,18 +14,20 @@ import os
 import re
 import sys
 import time
+import types
 import unicodedata
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import __version__
 from .common.files import read_json, write_text
 from .common.images import image_path, size_problem
-from .common.options import whole
+from .common.options import argument, option, whole
 from .config import HaclError, on_first_rank
 from .records import (
     HALLUCINATED_KEYS,
@@ -337,7 +338,7 @@ class TokenCheck:
         templates = stock.conversation_lib.conv_templates
         self.stock, self.template = stock, templates.get(version, templates["vicuna_v1"])
         self.plain, self.max_length, self.visual, self.rows = version == "plain", max_length, visual, rows
-        self.arguments = argparse.Namespace(is_multimodal=True, mm_use_im_start_end=False)
+        self.arguments = types.SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
 
     def __call__(self, record: dict[str, Any]) -> list[tuple[str, str]]:
         """(kind, text) of what is wrong with it."""
@@ -618,65 +619,61 @@ def _of_all_ranks(problems, refused):
 # --- hacl-llava check-data --------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give an argparse parser the command's arguments."""
-    add = parser.add_argument
-    add("json", metavar="JSON", help="LLaVA-format json or json lines, .gz or not")
-    add("--images", metavar="DIR", help="folder that the records' images are relative to (--image_folder)")
-    add("--version", default="plain", metavar="NAME", help="template it is for: plain (stage 1; the default), v1, ...")
-    add("--fast", action="store_true", help="do not open the images; only see whether they are there")
-    add(
-        "--tokenizer",
-        metavar="LLM",
-        help="folder or hub id: tokenize every record as LLaVA does, and see what it masks",
-    )
-    add("--max-length", type=whole, default=2048, metavar="N", help="tokens of the context (default: %(default)s)")
-    add(
-        "--image-aspect-ratio",
-        choices=("square", "pad"),
-        help="as in training (default: pad, but square for plain, as LLaVA's scripts have it)",
-    )
-    add("--workers", type=whole, metavar="N", help="processes that open images and tokenize (default: cores)")
-    add("--output", metavar="DIR", help="write report.json, report.md and bad_records.jsonl there")
-    add("--write", metavar="FILE", help="write the records that can be used (.json, .jsonl, .gz by its name)")
+_images, _texts, _written = (functools.partial(option, group=g) for g in ("images", "texts", "what is written"))
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run the command.
+@dataclass
+class CheckDataOptions:
+    """whether a json and its images can be trained on, and what is odd about them
 
-    Returns:
-        0 where every record can be used, 1 where some cannot. HaclError, for which the command line's exit status is
-        2, says that the data cannot be looked at.
+    Look at every record and every image of a LLaVA-format json ahead of training: what would end a run, and what would
+    be trained on in another way than it was meant. Exit status 0: fine, 1: some records cannot be used, 2: the data
+    cannot be looked at.
     """
-    start, plain = time.time(), args.version == "plain"
-    if args.write and os.path.realpath(args.write) == os.path.realpath(args.json):
-        raise HaclError(f"--write {args.write}: is the file that is read; give another name.")
-    if args.images and not os.path.isdir(args.images):
-        raise HaclError(f"--images {args.images}: is no folder; give the one that the records' images are relative to.")
-    records = list_records(args.json)
-    pad = args.image_aspect_ratio == "pad" if args.image_aspect_ratio else not plain
+
+    json: str = argument("LLaVA-format json or json lines, .gz or not", metavar="JSON")
+    workers: int | None = option("processes that open images and tokenize (default: cores)", type=whole, metavar="N")
+    images: str | None = _images("folder that the records' images are relative to (--image_folder)", metavar="DIR")
+    fast: bool = _images("do not open the images; only see whether they are there", False)
+    image_aspect_ratio: str | None = _images("as in training (default: pad; plain: square)", choices=("square", "pad"))
+    version: str = _texts("template it is for: plain (stage 1; the default), v1, ...", "plain", metavar="NAME")
+    tokenizer: str | None = _texts("folder or hub id: tokenize as LLaVA does, and see what it masks", metavar="LLM")
+    max_length: int = _texts("tokens of the context", 2048, type=whole, metavar="N")
+    output: str | None = _written("write report.json, report.md and bad_records.jsonl there", metavar="DIR")
+    write: str | None = _written("write the records that can be used (.json, .jsonl, .gz by its name)", metavar="FILE")
+
+
+def run(options: CheckDataOptions) -> int:
+    """Look, print, write; returns 0, or 1 where a record cannot be used. HaclError: the data cannot be looked at."""
+    start, plain, folder = time.time(), options.version == "plain", options.images
+    if options.write and os.path.realpath(options.write) == os.path.realpath(options.json):
+        raise HaclError(f"--write {options.write}: is the file that is read; give another name.")
+    if folder and not os.path.isdir(folder):
+        raise HaclError(f"--images {folder}: is no folder; give the one that the records' images are relative to.")
+    records = list_records(options.json)
+    pad = options.image_aspect_ratio == "pad" if options.image_aspect_ratio else not plain
     found = find(
         records,
-        args.images,
+        folder,
         plain,
-        args.max_length,
-        full=not args.fast,
+        options.max_length,
+        full=not options.fast,
         pad=pad,
-        workers=args.workers or cores(),
-        tokenizer=(args.tokenizer, args.version, args.max_length) if args.tokenizer else None,
+        workers=options.workers or cores(),
+        tokenizer=(options.tokenizer, options.version, options.max_length) if options.tokenizer else None,
         ids=True,
         progress=True,
     )
     bad = {f.index for f in found if f.severity == "error"}
     counts = collections.Counter(f.kind for f in found)
     report = {
-        "file": args.json,
-        "image_folder": args.images,
-        "version": args.version,
+        "file": options.json,
+        "image_folder": folder,
+        "version": options.version,
         "image_aspect_ratio": "pad" if pad else "square",
-        "max_length": args.max_length,
-        "tokenizer": args.tokenizer,
-        "images_opened": not args.fast,
+        "max_length": options.max_length,
+        "tokenizer": options.tokenizer,
+        "images_opened": not options.fast,
         "records": len(records),
         "usable": len(records) - len(bad),
         "errors": {kind: counts[kind] for kind in REMEDIES if counts[kind] and kind in ERRORS},
@@ -689,16 +686,16 @@ def main(args: argparse.Namespace) -> int:
         page.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"), end=""
     )
     try:
-        if args.output:
-            _write(args.output, report, page, records, found)
-            print(f"\n{args.output}: report.json, report.md and bad_records.jsonl are written.")
-        if args.write:
+        if options.output:
+            _write(options.output, report, page, records, found)
+            print(f"\n{options.output}: report.json, report.md and bad_records.jsonl are written.")
+        if options.write:
             if len(bad) == len(records):
-                raise HaclError(f"{args.write}: not written, for no record can be used.")
-            write_records(args.write, (t for i, (t, _) in enumerate(stream_records(args.json)) if i not in bad))
-            print(f"\n{args.write}: written, {len(records) - len(bad)} records.")
+                raise HaclError(f"{options.write}: not written, for no record can be used.")
+            write_records(options.write, (t for i, (t, _) in enumerate(stream_records(options.json)) if i not in bad))
+            print(f"\n{options.write}: written, {len(records) - len(bad)} records.")
     except OSError as error:
-        raise HaclError(f"{error.filename or args.output}: cannot be written ({error.strerror}).") from None
+        raise HaclError(f"{error.filename or options.output}: cannot be written ({error.strerror}).") from None
     return 1 if bad else 0
 
 

@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .common.files import write_json
+from .common.options import option
 from .common.report import provenance, version
 from .config import HaclConfig, HaclError
-from .miniature import models, world
 
 ROOT = Path(__file__).parents[1]
 # The miniature's recipe: no heads and a fixed temperature; everything else is LLaVA-1.5's stage 1.
@@ -25,18 +26,25 @@ BATCH = 32
 LLM_STEPS, TOWER_STEPS, LOGGING_STEPS = 600, 400, 10
 
 
-def run(output: str | os.PathLike, images: int = 6000, epochs: int = 5, seed: int = 0, processes: int = 1) -> int:
-    """Make data and models, train, measure before and after, and print what came of it.
+@dataclass
+class DemoOptions:
+    """stage 1 with HACL on a rendered miniature, from nothing, on a CPU
 
-    Args:
-        output: folder for everything; what an earlier demo left there is replaced.
-        images: training images; a tenth as many more are held out for the figures.
-        processes: ranks for the deepspeed launcher.
-
-    Returns:
-        0, or 1 if training failed.
+    Render images with captions and hallucinated captions, make a tiny LLM and vision tower, train a projector with HACL
+    through DeepSpeed, and say what it learnt.
     """
-    output = Path(output)
+
+    output: str = option("folder for everything made", "runs/demo")  # what an earlier demo left there is replaced
+    images: int = option("training images", 6000)  # a tenth as many more are held out for the figures
+    epochs: int = option("passes over them", 5)
+    seed: int = option("of scenes, models and training", 0)
+    processes: int = option("ranks for DeepSpeed", 1)
+
+
+def run(options: DemoOptions) -> int:
+    """Make data and models, train, measure before and after, say what came of it; returns 0, 1 if training failed."""
+    output, images, seed = Path(options.output), options.images, options.seed
+    epochs, processes = options.epochs, options.processes
     script, zero = ROOT / "scripts/pretrain_hacl.py", ROOT / "zero_configs/zero2.json"
     if not script.exists():
         raise HaclError(f"the demo runs {script.name} and {zero.name} of a checkout; {ROOT} is not one. Use make demo.")
@@ -95,6 +103,8 @@ def free_port() -> str:
 
 
 def _make_everything(output, images, seed):
+    from .miniature import models, world
+
     heldout = max(BATCH, images // 10)
     print(f"Rendering {images} training and {heldout} held-out scenes, each with two hallucinated captions ...")
     shutil.rmtree(output / "images", ignore_errors=True)

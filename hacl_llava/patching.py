@@ -4,8 +4,10 @@ patches/use_hacl.patch is the same change for ``git apply``.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from .common.options import argument, option
 from .config import HaclError
 
 # The two lines, and the lines of LLaVA's train.py that they go beside.
@@ -53,9 +55,7 @@ def patch(path: str | os.PathLike, check: bool = False, revert: bool = False) ->
     """Apply the change to a checkout or an installed package; twice does no harm.
 
     Args:
-        path: see `find_train_py`.
-        check: only look.
-        revert: take it out again.
+        path: see `find_train_py`. check: only look. revert: take it out again.
 
     Returns:
         One line that says what was found or done.
@@ -84,3 +84,22 @@ def patch(path: str | os.PathLike, check: bool = False, revert: bool = False) ->
         temporary.chmod(file.stat().st_mode)
         temporary.replace(file)
     return f"{file}: {done}"
+
+
+@dataclass
+class PatchOptions:
+    """teach LLaVA's own train_mem.py the flag --use_hacl
+
+    Add two lines to llava/train/train.py, after which LLaVA's own training scripts take --use_hacl and the --hacl_*
+    flags. Without the flag they do what they did before.
+    """
+
+    path: str = argument("a LLaVA checkout, an installed llava folder, or its train.py", metavar="PATH")
+    check: bool = option("only say whether it can be applied or is applied", False, either="action")
+    revert: bool = option("take the two lines out again", False, either="action")
+
+
+def run(options: PatchOptions) -> int:
+    """Patch, and print what `patch` says; returns 0."""
+    print(patch(options.path, check=options.check, revert=options.revert))
+    return 0

@@ -1,6 +1,5 @@
 """``hacl-llava chat``: a first look at a LLaVA checkpoint, in the terminal."""
 
-import argparse
 import contextlib
 import signal
 import sys
@@ -13,6 +12,7 @@ from transformers import TextStreamer
 
 from ..common.images import open_image
 from ..config import HaclError
+from .command import ChatOptions
 from .load import Loaded, load_pretrained
 from .prompts import check_arguments, default_template, generation_settings, prompt_ids, say
 
@@ -157,43 +157,35 @@ class Chat:
         return prompt_ids(turns, self.template, self.tokenizer, self.model.config, image).to(self.model.device)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answer one question on stdout, or talk until the user ends it.
-
-    Args:
-        args: the command line, as `hacl_llava.cli` reads it.
-
-    Returns:
-        0.
+def run(options: ChatOptions) -> int:
+    """Answer one question on stdout, or talk until the user ends it; returns 0.
 
     Raises:
         HaclError: an argument is out of range; the checkpoint or, with a question, the image cannot be read.
     """
-    check_arguments(args)
-    if not 0 <= args.temperature < float("inf"):
-        raise HaclError(f"--temperature is {args.temperature}; allowed are 0 (no sampling) and more.")
-    if args.max_new_tokens < 1:
-        raise HaclError(f"--max-new-tokens is {args.max_new_tokens}; allowed are 1 and more.")
-    once, out = args.question is not None, sys.stdout
-    if once and not (args.question.strip() or args.image):
+    check_arguments(options)
+    if not 0 <= options.temperature < float("inf"):
+        raise HaclError(f"--temperature is {options.temperature}; allowed are 0 (no sampling) and more.")
+    if options.max_new_tokens < 1:
+        raise HaclError(f"--max-new-tokens is {options.max_new_tokens}; allowed are 1 and more.")
+    once, out = options.question is not None, sys.stdout
+    if once and not (options.question.strip() or options.image):
         raise HaclError("--question is empty, and there is no --image to caption; ask something.")
-    image = open_image(args.image, HINT) if once and args.image else None  # before minutes of loading
+    image = open_image(options.image, HINT) if once and options.image else None  # before minutes of loading
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`do_sample` is set to `False`")  # vicuna's generation_config
-        loaded = load_pretrained(
-            args.checkpoint, args.base, device=args.device, bits=args.bits, vision_tower=args.vision_tower
-        )
-    template = args.conv or default_template(args.checkpoint, args.base, loaded.model.config, loaded.tokenizer)
-    chat = Chat(loaded, template, args.temperature, args.max_new_tokens, out)
-    say(f"{args.checkpoint} on {loaded.model.device}, conversation template {template}.")
+        loaded = load_pretrained(options.checkpoint, options.base, **options.settings())
+    template = options.conv or default_template(options.checkpoint, options.base, loaded.model.config, loaded.tokenizer)
+    chat = Chat(loaded, template, options.temperature, options.max_new_tokens, out)
+    say(f"{options.checkpoint} on {loaded.model.device}, conversation template {template}.")
     if chat.plain:
         say("This template asks nothing: the answer to an image is its caption, whatever is typed. If the language")
         say("model was trained on instructions, --conv v1 (or its own) asks them.")
     if not once:
-        return _converse(chat, args.image)
+        return _converse(chat, options.image)
     if image:
         chat.show(image)
-    chat.ask(args.question)
+    chat.ask(options.question)
     return 0
 
 

@@ -1,7 +1,6 @@
 """Model cards for checkpoint folders, and the way of such a folder to the Hugging Face hub."""
 
 import json
-import math
 import os
 import re
 from fnmatch import fnmatch
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from .. import __version__
+from ..common.files import is_number, write_text
 from ..common.files import read_json as read_any_json
-from ..common.files import write_text
 from ..common.report import TEMPLATES, literal, table
 from ..common.weights import CheckpointError, Weights, kind_of, read_json
 from ..config import HaclError
@@ -173,23 +172,16 @@ def _problem_of(result, seen):
         text = result.get(key)
         if not isinstance(text, str) or not text.strip() or not text.isprintable():
             return f"has the {key} {text!r}, expected a line of text"
-    if not _is_number(result.get("value")):
+    if not is_number(result.get("value")):
         return f"has the value {result.get('value')!r}, expected a finite number"
     interval = result.get("interval", [0, 0])
-    if not isinstance(interval, list) or len(interval) != 2 or not all(map(_is_number, interval)):
+    if not isinstance(interval, list) or len(interval) != 2 or not all(map(is_number, interval)):
         return f"has the interval {interval!r}, expected two finite numbers"
     if interval[0] > interval[1]:
         return f"has the interval {interval!r}, which begins above its end"
     if (result["task"], result["metric"]) in seen:
         return f"repeats {result['metric']} of {result['task']}"
     return None
-
-
-def _is_number(value):
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
 
 
 # ---- the card

@@ -1,6 +1,5 @@
 """Prompts as LLaVA builds them, the settings of one answer, and what is said beside it: for `chat` and evaluation."""
 
-import argparse
 import copy
 import os
 import sys
@@ -11,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat  # noqa: F401  (before llava)
+from ..common.options import Loader
 from ..config import HaclError
 
 # isort: split
@@ -106,14 +106,14 @@ def prompt_ids(
     return tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse ``args.device`` where this machine has no such, and ``args.conv`` where LLaVA has no such template."""
+def check_arguments(options: Loader) -> None:
+    """Refuse a ``device`` that this machine does not have, and a ``conv`` that LLaVA does not have."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    if args.device not in (None, *devices):
-        raise HaclError(f"--device is {args.device!r}; allowed on this machine: {', '.join(devices)}.")
-    if args.conv not in (None, *conv_templates):
-        raise HaclError(f"--conv is {args.conv!r}; allowed are: {', '.join(sorted(conv_templates))}.")
+    if options.device not in (None, *devices):
+        raise HaclError(f"--device is {options.device!r}; allowed on this machine: {', '.join(devices)}.")
+    if options.conv not in (None, *conv_templates):
+        raise HaclError(f"--conv is {options.conv!r}; allowed are: {', '.join(sorted(conv_templates))}.")
 
 
 def say(text: str) -> None:

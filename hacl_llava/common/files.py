@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a json value is a finite number; not one is an integer that is too large for a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def finite(value: Any) -> Any:
     """A json value with null in place of nan and infinity, which json does not have."""
     if isinstance(value, dict):
@@ -58,7 +64,7 @@ def finite(value: Any) -> Any:
         return [finite(v) for v in value]
     if hasattr(value, "item"):  # numpy's and torch's scalars
         value = value.item()
-    return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
+    return None if isinstance(value, float) and not is_number(value) else value
 
 
 @contextlib.contextmanager

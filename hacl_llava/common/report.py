@@ -7,7 +7,6 @@ import base64
 import functools
 import importlib.metadata
 import io
-import math
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .files import write_bytes
+from .files import is_number, write_bytes
 from .images import open_image
 
 if TYPE_CHECKING:
@@ -53,11 +52,6 @@ def as_words(value: Any) -> str:
         return ", ".join(map(as_words, value))
     text = f"{value:.6g}" if isinstance(value, float) else str(value).strip()
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1…", text)  # of a digest or commit the beginning will do
-
-
-def is_number(value: Any) -> bool:
-    """Whether a json value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def figure(entry: Mapping[str, Any] | None, key: str = "value") -> str:

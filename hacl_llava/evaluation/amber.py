@@ -102,8 +102,7 @@ def read(path: str | os.PathLike) -> list[Benchmark]:
     for where, row in read_records(folder / "annotations.json", _HINT, key="id", id=int, type=str):
         annotations[row["id"]] = _facts(where, row, words.related)
     for where, row in read_records(query, _HINT, key="id", id=int, image=str, query=str):
-        facts = annotations.get(row["id"])
-        if facts is None:
+        if (facts := annotations.get(row["id"])) is None:
             raise DataError(f"{where}: has no annotation; take the files of one release.")
         text = row["query"].strip() if "hallu" in facts else in_one_word(row["query"])
         questions.append(Question(str(row["id"]), row["image"], text, facts))
@@ -140,12 +139,11 @@ def nouns(text: str, known: Mapping[str, str]) -> list[str]:
     for token in (re.sub(r"['’]s$", "", token.lower()) for token in TOKEN.findall(text)):
         last, before = before, token
         forms = (token, *singulars(token), *([token[:-1]] if token.endswith("s") else []))
-        form = next((form for form in forms if form in known), None)
-        if form is None:
+        if (form := next((form for form in forms if form in known), None)) is None:
             continue
         if form == "can":
             other = token == form and not (last in DETERMINERS or last in NUMBER or last in _CANS)
-        elif token == form and (last in PRONOUNS or last in _MODALS or last == "people" or _is_plural(last)):
+        elif token == form and (last in PRONOUNS or last in _ACTING or any(n in words.nouns for n in singulars(last))):
             other = words.verbs.get(form)
         else:
             other = form in words.adjectives and form not in words.nouns and form not in words.own
@@ -154,26 +152,20 @@ def nouns(text: str, known: Mapping[str, str]) -> list[str]:
     return found
 
 
-_CANS = frozenset(
-    "trash garbage soda beer tin watering spray paint metal coke aluminum aluminium rubbish recycling".split()
-)
-_MODALS = frozenset("to can could will would may might must should cannot not n't don't doesn't".split())
+_CANS = "trash garbage soda beer tin watering spray paint metal coke aluminum aluminium rubbish recycling".split()
+_ACTING = "people to can could will would may might must should cannot not n't don't doesn't".split()  # verbs follow
 
 
-def _is_plural(word):
-    return any(single in lexicon().nouns for single in singulars(word))
+def _places(objects, related):
+    """Each word -> the first object that it fits; words that go with an object come before the objects' own names."""
+    places = [(word, place) for place, name in enumerate(objects) for word in related[name]]
+    places += [(name, place) for place, name in enumerate(objects)]
+    return dict(reversed(places))
 
 
 def _described(question, answer, words):
     truth, hallu = question.facts["truth"], question.facts["hallu"]
-    # Each word -> the first object that it fits; words that go with an object come before the objects' own names.
-    there, expected = {}, {}
-    for places, objects in ((there, truth), (expected, hallu)):
-        for place, name in enumerate(objects):
-            for word in words.related[name]:
-                places.setdefault(word, place)
-        for place, name in enumerate(objects):
-            places.setdefault(name, place)
+    there, expected = (_places(objects, words.related) for objects in (truth, hallu))
     found = nouns(answer, words.known)
     counted = [noun for noun in found if noun not in words.safe]
     wrong = [noun for noun in counted if noun not in there]
@@ -185,8 +177,7 @@ def _described(question, answer, words):
 
 def parse(answer: str) -> str | None:
     """ "yes" or "no" by the answer's first word, in any case and without marks; None where it is neither."""
-    first = re.match(r"\W*(\w+)", answer)
-    word = first and first[1].lower()
+    word = re.match(r"\W*(\w*)", answer)[1].lower()
     return word if word in ("yes", "no") else None
 
 
@@ -202,13 +193,8 @@ def score(question: Question, answer: str, words: Words) -> dict[str, Any]:
         return _described(question, answer, words)
     kind = _KIND.get(question.facts["type"], "relation")
     parsed, label = parse(answer), question.facts["truth"]
-    counts = {
-        f"{kind}_questions": 1,
-        f"{kind}_correct": int(parsed == label),
-        f"{kind}_no": int(label == "no"),
-        f"{kind}_no_answered": int(parsed == "no"),
-        f"{kind}_no_correct": int(parsed == label == "no"),
-        "correct": int(parsed == label),
-        "unclear": int(parsed is None),
-    }
+    of_kind = {"questions": True, "correct": parsed == label, "no": label == "no", "no_answered": parsed == "no"}
+    of_kind["no_correct"] = parsed == label == "no"
+    counts = {f"{kind}_{name}": int(value) for name, value in of_kind.items()}
+    counts |= {"correct": int(parsed == label), "unclear": int(parsed is None)}
     return {"counts": counts, "parsed": parsed, "label": label}

@@ -1,16 +1,16 @@
 """``hacl-llava analyze``: the paper's Figure 1 (arXiv 2312.06968) and its numbers, for one to four checkpoints."""
 
-import argparse
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..common.files import finite, write_json, write_text
-from ..common.options import add_loader
+from ..common.options import Loader, argument, option
 from ..common.report import as_html, provenance
 from ..config import HaclError
 
@@ -37,28 +37,38 @@ LABELS = {
 _SPOKEN = ("modality_gap", "alignment", "image_to_text_r1", "text_to_image_r1", "closer_to_true", "mean_margin")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``hacl-llava analyze`` to an argparse parser."""
-    add = parser.add_argument
-    add("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or hub id; one to four")
-    add("--data", metavar="JSON", required=True, help="LLaVA-format json with hallucinated_captions")
-    add("--images", metavar="DIR", required=True, help="the folder that its images are relative to")
-    add("--output", metavar="OUT", required=True, help="folder to write")
-    what = "the language model of projectors or LoRAs; once for all, or once for each checkpoint in order"
-    add("--base", metavar="LLM", action="append", help=what)
-    what = "of a checkpoint in the pictures, once for each in order"
-    add("--name", metavar="NAME", action="append", help=what)
-    add("--limit", type=int, default=1000, help="records, drawn at random (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the draw and the pictures (default: %(default)s)")
-    add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="pictures to draw (default: both)")
-    what = "BOS before the image (default: as the checkpoints were trained, else true)"
-    add("--visual-bos", choices=("true", "false"), help=what)
-    add("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    add_loader(parser, "vision-tower", "bits", "dtype", "device")
+@dataclass
+class AnalyzeOptions(Loader):
+    """representations of checkpoints side by side: pictures and numbers
+
+    The paper's Figure 1 and its numbers, for one to four checkpoints: where images, captions and hallucinated captions
+    lie, the modality gap, retrieval, and how often an image is closer to its true caption.
+    """
+
+    checkpoints: list[str] = argument("folder or hub id; one to four", nargs="+", metavar="CHECKPOINT")
+    data: str = option("LLaVA-format json with hallucinated_captions", required=True, metavar="JSON")
+    images: str = option("the folder that its images are relative to", required=True, metavar="DIR")
+    output: str = option("folder to write", required=True, metavar="OUT")
+    bases: list[str] | None = option(
+        "the LLM of projectors or LoRAs: once, or once for each in order",
+        flag="--base",
+        action="append",
+        metavar="LLM",
+    )
+    names: list[str] | None = option(
+        "in the pictures, for each in order", flag="--name", action="append", metavar="NAME"
+    )
+    limit: int = option("records, drawn at random", 1000)
+    seed: int = option("of the draw and the pictures", 0)
+    method: Sequence[str] = option("pictures to draw (default: both)", tuple(METHODS), nargs="+", choices=METHODS)
+    visual_bos: str | None = option("BOS before the image (default: as trained, else true)", choices=("true", "false"))
+    batch_size: int = option("images at a time", 16)
+    workers: int = option("processes that read images", 2)
+    base: str | None = field(default=None, init=False)  # each has its own, see bases
+    conv: str | None = field(default=None, init=False)  # nothing is asked
 
 
-def main(args: argparse.Namespace) -> int:
+def run(options: AnalyzeOptions) -> int:
     """Represent, measure, draw and write; what was represented before is taken from its file. Returns 0.
 
     Raises:
@@ -66,47 +76,49 @@ def main(args: argparse.Namespace) -> int:
             [plot] is missing.
     """
     try:
-        analysis = analyze(args)
+        analysis = analyze(options)
     except OSError as error:
-        where = error.filename or args.output
+        where = error.filename or options.output
         raise HaclError(f"{where}: {error.strerror or error}; the same command goes on from there.") from None
     for group in analysis["findings"]:
         print("\n- ".join([f"{group['title']}:", *group["lines"]]) + "\n")
-    page = Path(args.output) / "report.html"
+    page = Path(options.output) / "report.html"
     print(f"{page}: written, with analysis.json and {len(analysis['figures'])} pictures.")
     return 0
 
 
-def analyze(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that `main` does but speak of it; returns what analysis.json holds."""
+def analyze(options: AnalyzeOptions) -> dict[str, Any]:
+    """Everything that `run` does but speak of it; returns what analysis.json holds."""
     from . import figures, measures
 
-    names, bases = _check(args)
+    names, bases = _check(options)
     figures.need()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     from . import representations
 
-    items, counts, skipped = representations.sample_records(args.data, args.limit, args.seed)
-    bos = args.visual_bos == "true" if args.visual_bos else representations.common_visual_bos(args.checkpoints)
-    out, found = Path(args.output), []
+    items, counts, skipped = representations.sample_records(options.data, options.limit, options.seed)
+    bos = options.visual_bos == "true" if options.visual_bos else representations.common_visual_bos(options.checkpoints)
+    out, found = Path(options.output), []
     out.mkdir(parents=True, exist_ok=True)
-    how = {"visual_bos": bos, "batch_size": args.batch_size, "workers": args.workers}
-    how["options"] = {key: getattr(args, key) for key in ("device", "dtype", "bits", "vision_tower")}
-    for name, path, base in zip(names, args.checkpoints, bases):
+    how = {"visual_bos": bos, "batch_size": options.batch_size, "workers": options.workers}
+    how["options"] = options.settings()
+    for name, path, base in zip(names, options.checkpoints, bases):
         file = out / f"representations-{slug(name)}.safetensors"
-        x, cached = representations.represent(path, base, items, counts["sha256"], args.images, file, label=name, **how)
+        x, cached = representations.represent(
+            path, base, items, counts["sha256"], options.images, file, label=name, **how
+        )
         print(f"{name}: {len(x.index)} records {'taken from' if cached else 'written to'} {file}", file=sys.stderr)
         found.append(x)
     found, items, unread = _same_records(found, items)
     for line in (skipped + unread)[:_NAMED]:
         print(f"left out: {line}", file=sys.stderr)
-    analysis = measures.analyse(names, found, items, args.seed)
+    analysis = measures.analyse(names, found, items, options.seed)
     analysis["data"] = {
-        "file": os.path.abspath(args.data),
-        "images": os.path.abspath(args.images),
+        "file": os.path.abspath(options.data),
+        "images": os.path.abspath(options.images),
         **counts,
-        "limit": args.limit,
-        "seed": args.seed,
+        "limit": options.limit,
+        "seed": options.seed,
         "used": len(items),
         "with_hallucinated": sum(bool(item.hallucinated) for item in items),
         "hallucinated": sum(len(item.hallucinated) for item in items),
@@ -115,8 +127,8 @@ def analyze(args: argparse.Namespace) -> dict[str, Any]:
         "skipped": skipped + unread,
     }
     analysis["visual_bos"] = bos
-    analysis["figures"] = figures.draw(out, found, analysis, SPACES, list(dict.fromkeys(args.method)), args.seed)
-    analysis |= {"provenance": provenance(args.seed), "findings": findings(analysis)}
+    analysis["figures"] = figures.draw(out, found, analysis, SPACES, list(dict.fromkeys(options.method)), options.seed)
+    analysis |= {"provenance": provenance(options.seed), "findings": findings(analysis)}
     analysis = finite(analysis)
     write_json(out / "analysis.json", analysis)
     words = {"title": f"Representations: {', '.join(names)}", "labels": LABELS, "space_titles": SPACES, "named": _NAMED}
@@ -129,16 +141,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def _check(args):
-    count = len(args.checkpoints)
+def _check(options: AnalyzeOptions):
+    count = len(options.checkpoints)
     if count > _MODELS:
         raise HaclError(f"{count} checkpoints are given; at most {_MODELS} stand side by side.")
     for flag, least in (("limit", 2), ("batch_size", 1), ("workers", 0)):
-        if getattr(args, flag) < least:
-            raise HaclError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; allowed are {least} and more.")
-    names = args.name
+        if getattr(options, flag) < least:
+            raise HaclError(f"--{flag.replace('_', '-')} is {getattr(options, flag)}; allowed are {least} and more.")
+    names = options.names
     if not names:
-        paths = [Path(os.path.abspath(path)) if os.path.isdir(path) else Path(path) for path in args.checkpoints]
+        paths = [Path(os.path.abspath(path)) if os.path.isdir(path) else Path(path) for path in options.checkpoints]
         for parts in range(1, 6):
             names = ["/".join(path.parts[-parts:]) for path in paths]
             if len(set(map(slug, names))) == count:
@@ -147,7 +159,7 @@ def _check(args):
         raise HaclError(f"--name is given {len(names)} times for {count} checkpoints; give it once for each, or never.")
     if len(set(map(slug, names))) < count:
         raise HaclError(f"the names {', '.join(names)} are not different enough for files; give --name for each.")
-    bases = args.base or [None]
+    bases = options.bases or [None]
     if len(bases) not in (1, count):
         raise HaclError(f"--base is given {len(bases)} times for {count} checkpoints; give it once, or once for each.")
     return names, bases * count if len(bases) == 1 else bases

@@ -39,9 +39,8 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*|\d+|[^\w\s]")
 _LONGEST = 4  # words of a phrase
 # The special cases of the official script, applied to a list in its format; one in ours says its own.
 _AGED = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
-_OFFICIAL = {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _AGED}
+_OFFICIAL = {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _AGED} | {"home plate": "home plate"}
 _OFFICIAL |= {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
-_OFFICIAL |= {"home plate": "home plate"}
 
 
 class Synonyms(NamedTuple):
@@ -62,17 +61,12 @@ def _key(phrase):
 
 
 def read_synonyms(path: str | os.PathLike | None = None) -> Synonyms:
-    """Read a list of synonyms.
+    """Read a list of synonyms; DataError if it cannot be read, or a word is in two categories.
 
     Args:
         path: in the format of ``coco_synonyms.txt`` (its head says it), or in that of CHAIR's own ``data/synonyms.txt``
-            (a category a line, words with commas between, the first names it); None: this package's own.
-
-    Returns:
-        `Synonyms`; to a list of CHAIR's format its script's special cases are added ("baby elephant" is no person).
-
-    Raises:
-        DataError: it cannot be read, or a word is in two categories.
+            (a category a line, words with commas between, the first names it), to which its script's special cases
+            are added ("baby elephant" is no person); None: this package's own.
     """
     path = path or SYNONYMS
     text = re.sub(r"(?m)^#.*\n?", "", read_text(path))  # comments
@@ -120,14 +114,12 @@ def mentions(text: str, synonyms: Synonyms) -> list[tuple[str, str]]:
         for n in range(min(_LONGEST, len(tokens) - i), 0, -1):
             phrase = " ".join(tokens[i : i + n])
             forms = (phrase, *singulars(phrase)) if n == 1 else (phrase,)
-            form = next((f for f in forms if f in synonyms.category), None)
-            if form is not None:
+            if (form := next((f for f in forms if f in synonyms.category), None)) is not None:
                 break
-        following = tokens[i + n] if i + n < len(tokens) else ""
-        colour = form in synonyms.colours and following and lexicon().noun(following) is not None
-        if form is not None and synonyms.category[form] is not None and not colour:
-            found.append((phrase, synonyms.category[form]))
         i += n
+        colour = form in synonyms.colours and i < len(tokens) and lexicon().noun(tokens[i]) is not None
+        if not colour and (category := synonyms.category.get(form)) is not None:
+            found.append((phrase, category))
     # As in the official script: the seat of a toilet is no chair, wherever it is named.
     if any(category == "toilet" for _, category in found):
         found = [(word, category) for word, category in found if word not in ("seat", "seats")]
@@ -153,8 +145,7 @@ def read(paths: Sequence[str | os.PathLike], synonyms: str | os.PathLike | None 
         for where, image, category, caption in _annotations(path):
             here = objects.setdefault(image, set())
             if category is not None:
-                name = words.category.get(_key(category))
-                if name is None:
+                if (name := words.category.get(_key(category))) is None:
                     raise DataError(f"{where}: category {category!r} is not in {synonyms or SYNONYMS.name}.")
                 here.add(name)
             if caption is not None:
@@ -201,13 +192,9 @@ def _annotations(path):
 
 
 def score(question: Question, answer: str, synonyms: Synonyms) -> dict[str, Any]:
-    """One caption.
-
-    Returns:
-        As `described`: [word, category] of every mention, with recalled of truth (each category once).
-    """
+    """One caption, as `described`: [word, category] of every mention, with recalled of truth (each category once)."""
     truth = question.facts["objects"]
     found = [list(pair) for pair in mentions(answer, synonyms)]
     wrong = [[word, category] for word, category in found if category not in truth]
-    recalled = {category for _, category in found if category in truth}
-    return described(answer, found, wrong, truth, recalled=len(recalled), truth=len(truth))
+    recalled = len({category for _, category in found if category in truth})
+    return described(answer, found, wrong, truth, recalled=recalled, truth=len(truth))

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..common.report import COLOURS, STYLES, dots, is_number, plain, pyplot, save, shorten
+from ..common.files import is_number
+from ..common.report import COLOURS, STYLES, dots, plain, pyplot, save, shorten
 from .runs import QUANTITIES, Run, way_of
 
 

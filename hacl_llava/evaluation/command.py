@@ -6,11 +6,13 @@ import os
 import sys
 import warnings
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.files import locked
-from ..common.options import add_loader, whole
+from ..common.options import Loader, option, whole
 from ..config import HaclError
 
 if TYPE_CHECKING:
@@ -23,55 +25,57 @@ def _api(text):
     return text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give an argparse parser the command's arguments."""
-    add = parser.add_argument
-    add("--model", required=True, metavar="CHECKPOINT", help="folder or hub id, or api:NAME behind an endpoint")
-    add("--images", required=True, metavar="DIR", help="the folder that the questions' images lie in")
-    add("--output", required=True, metavar="OUT", help="folder for answers and results")
-    add("--batch-size", type=whole, default=16, metavar="N", help="questions at a time (default: 16)")
-    add("--max-new-tokens", type=whole, metavar="N", help="of an answer (default: each task's own)")
-    add("--limit", type=whole, metavar="N", help="only N questions of each task, drawn by --seed")
-    add("--seed", type=int, default=0, help="of --limit and of the intervals (default: 0)")
-    add_loader(parser)
+_task = partial(option, group="tasks, one or more")
+_remote = partial(option, group="endpoints (keys come from the environment alone)")
 
-    group = parser.add_argument_group("tasks, one or more")
-    add = group.add_argument
-    add("--pope", nargs="+", metavar="FILE", help="question files in POPE's format")
-    add("--chair", nargs="+", metavar="FILE", help="COCO's instances_*.json, and captions_*.json if there")
-    add("--chair-synonyms", metavar="FILE", help="synonyms of the 80 categories, in place of those that come along")
-    add("--amber", metavar="FOLDER", help="AMBER's data folder")
-    add("--mmhal", metavar="FILE", help="MMHal-Bench's response_template.json, or its folder; needs --judge")
-    add("--mmhal-rubric", metavar="FILE", help="the judge's prompt, in place of the one that comes along")
 
-    group = parser.add_argument_group("endpoints (keys come from the environment alone)")
-    add = group.add_argument
-    add("--base-url", metavar="URL", help="of a vLLM, SGLang or Ollama server, say (default: OpenAI's)")
-    add("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key (default: OPENAI_API_KEY)")
-    add("--judge", type=_api, metavar="api:NAME", help="the model that judges the answers to MMHal-Bench")
-    add("--judge-base-url", metavar="URL", help="(default: --base-url)")
-    add("--judge-key-env", metavar="NAME", help="(default: --key-env)")
-    add("--concurrency", type=whole, default=8, metavar="N", help="requests in flight at most (default: 8)")
+@dataclass
+class EvalOptions(Loader):
+    """hallucination benchmarks: POPE, CHAIR, AMBER, MMHal-Bench
+
+    Ask a checkpoint, or a model behind an OpenAI-compatible endpoint, the questions of hallucination benchmarks, and
+    score its answers. A run that was stopped or killed goes on when the same command is given again.
+    """
+
+    model: str = option("folder or hub id, or api:NAME behind an endpoint", required=True, metavar="CHECKPOINT")
+    images: str = option("the folder that the questions' images lie in", required=True, metavar="DIR")
+    output: str = option("folder for answers and results", required=True, metavar="OUT")
+    batch_size: int = option("questions at a time", 16, type=whole, metavar="N")
+    max_new_tokens: int | None = option("of an answer (default: each task's own)", type=whole, metavar="N")
+    limit: int | None = option("only N questions of each task, drawn by --seed", type=whole, metavar="N")
+    seed: int = option("of --limit and of the intervals", 0)
+    pope: list[str] | None = _task("question files in POPE's format", nargs="+", metavar="FILE")
+    chair: list[str] | None = _task("COCO's instances_*.json, and captions_*.json if there", nargs="+", metavar="FILE")
+    chair_synonyms: str | None = _task("synonyms of the 80 categories, in place of ours", metavar="FILE")
+    amber: str | None = _task("AMBER's data folder", metavar="FOLDER")
+    mmhal: str | None = _task("MMHal-Bench's response_template.json, or its folder; needs --judge", metavar="FILE")
+    mmhal_rubric: str | None = _task("the judge's prompt, in place of ours", metavar="FILE")
+    base_url: str | None = _remote("of vLLM, SGLang or Ollama, say (default: OpenAI's)", metavar="URL")
+    key_env: str = _remote("variable with the key", "OPENAI_API_KEY", metavar="NAME")
+    judge: str | None = _remote("the model that judges the answers to MMHal-Bench", type=_api, metavar="api:NAME")
+    judge_base_url: str | None = _remote("(default: --base-url)", metavar="URL")
+    judge_key_env: str | None = _remote("(default: --key-env)", metavar="NAME")
+    concurrency: int = _remote("requests in flight at most", 8, type=whole, metavar="N")
 
 
 # ---- what is asked
 
 
-def _tasks(args) -> "list[Task]":
+def _tasks(options: EvalOptions) -> "list[Task]":
     """Read all question files."""
     from . import amber, chair, mmhal, pope
     from .engine import Task
 
-    found = [benchmark for path in args.pope or () for benchmark in pope.read(path)]
-    if args.chair:
-        found += chair.read(args.chair, args.chair_synonyms)
-    if args.amber:
-        found += amber.read(args.amber)
-    if args.mmhal:
-        found += mmhal.read(args.mmhal)
+    found = [benchmark for path in options.pope or () for benchmark in pope.read(path)]
+    if options.chair:
+        found += chair.read(options.chair, options.chair_synonyms)
+    if options.amber:
+        found += amber.read(options.amber)
+    if options.mmhal:
+        found += mmhal.read(options.mmhal)
     if not found:
         raise HaclError("no task: give --pope FILE ..., --chair FILE ..., --amber FOLDER or --mmhal FILE.")
-    tasks = [Task(benchmark, args) for benchmark in found]
+    tasks = [Task(benchmark, options) for benchmark in found]
     for folder, count in Counter(task.folder for task in tasks).items():
         if count > 1:
             raise HaclError(
@@ -80,34 +84,35 @@ def _tasks(args) -> "list[Task]":
     return tasks
 
 
-def _check(args) -> "Judge | None":
+def _check(options: EvalOptions) -> "Judge | None":
     """Refuse arguments that do not go together; returns the judge, if there is one."""
-    if args.model.startswith("api:"):
-        if not args.model[4:].strip():
-            raise HaclError(f"--model {args.model}: has no name; give api:NAME, as api:gpt-4o.")
+    model = options.model
+    if model.startswith("api:"):
+        if not model[4:].strip():
+            raise HaclError(f"--model {model}: has no name; give api:NAME, as api:gpt-4o.")
         for name in ("base", "vision_tower", "conv", "bits", "dtype", "device"):
-            if getattr(args, name) is not None:
-                raise HaclError(f"--{name.replace('_', '-')} is for a checkpoint; {args.model} is behind an endpoint.")
+            if getattr(options, name) is not None:
+                raise HaclError(f"--{name.replace('_', '-')} is for a checkpoint; {model} is behind an endpoint.")
     for name, other in (("chair_synonyms", "chair"), ("judge", "mmhal"), ("mmhal_rubric", "mmhal")):
-        if getattr(args, name) and not getattr(args, other):
+        if getattr(options, name) and not getattr(options, other):
             raise HaclError(f"--{name.replace('_', '-')} is for --{other}, which was not given.")
-    if args.mmhal and not args.judge:
+    if options.mmhal and not options.judge:
         raise HaclError("--mmhal needs --judge api:NAME, the model that judges its answers (the paper's is GPT-4).")
-    if not os.path.isdir(args.images):
-        raise HaclError(f"--images {args.images}: is no folder; give the one that the questions' images lie in.")
-    if not args.mmhal:
+    if not os.path.isdir(options.images):
+        raise HaclError(f"--images {options.images}: is no folder; give the one that the questions' images lie in.")
+    if not options.mmhal:
         return None
     from .engine import Judge
     from .mmhal import read_rubric
 
-    url, key_env = args.judge_base_url or args.base_url, args.judge_key_env or args.key_env
-    return Judge(_endpoint(args, args.judge, url, key_env), read_rubric(args.mmhal_rubric))
+    url, key_env = options.judge_base_url or options.base_url, options.judge_key_env or options.key_env
+    return Judge(_endpoint(options, options.judge, url, key_env), read_rubric(options.mmhal_rubric))
 
 
-def _endpoint(args, model, url, key_env):
+def _endpoint(options: EvalOptions, model, url, key_env):
     from ..common.endpoint import Endpoint
 
-    return Endpoint(model.removeprefix("api:").strip(), url, key_env, concurrency=args.concurrency)
+    return Endpoint(model.removeprefix("api:").strip(), url, key_env, concurrency=options.concurrency)
 
 
 def _check_images(tasks, folder):
@@ -130,22 +135,22 @@ def _check_images(tasks, folder):
 class _Checkpoint:
     """A checkpoint to be loaded when it is known that there is something to ask."""
 
-    def __init__(self, args):
+    def __init__(self, options: EvalOptions):
         from ..checkpoints.prompts import check_arguments
         from ..common.weights import local_folder
         from .journal import digest_of
 
-        check_arguments(args)
-        self.args, self.name = args, _short_name(args.model)
+        check_arguments(options)
+        self.options, self.name = options, _short_name(options.model)
         self.settings = {
-            "model": _place(args.model),
-            "digest": digest_of(local_folder(args.model)),
-            "base": args.base and _place(args.base),
-            "base_digest": args.base and digest_of(local_folder(args.base)),
-            "vision_tower": args.vision_tower,
-            "bits": args.bits,
+            "model": _place(options.model),
+            "digest": digest_of(local_folder(options.model)),
+            "base": options.base and _place(options.base),
+            "base_digest": options.base and digest_of(local_folder(options.base)),
+            "vision_tower": options.vision_tower,
+            "bits": options.bits,
         }
-        self.settings |= {k: v for k, v in (("template", args.conv), ("dtype", args.dtype)) if v}
+        self.settings |= {k: v for k, v in (("template", options.conv), ("dtype", options.dtype)) if v}
 
     def load(self, answered: bool) -> Any:
         from ..checkpoints.load import load_pretrained
@@ -153,15 +158,14 @@ class _Checkpoint:
         from .answers import Answerer
         from .engine import say
 
-        args = self.args
-        names = ("device", "dtype", "bits", "vision_tower")
+        options = self.options
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`do_sample` is set to `False`")  # vicuna's generation_config
-            loaded = load_pretrained(args.model, args.base, **{name: getattr(args, name) for name in names})
-        template = args.conv or default_template(args.model, args.base, loaded.model.config, loaded.tokenizer)
+            loaded = load_pretrained(options.model, options.base, **options.settings())
+        template = options.conv or default_template(options.model, options.base, loaded.model.config, loaded.tokenizer)
         self.settings |= {"template": template, "dtype": str(loaded.model.dtype).removeprefix("torch.")}
-        answerer = Answerer(loaded, template, args.batch_size)
-        say(f"{args.model} on {loaded.model.device}, conversation template {template}.")
+        answerer = Answerer(loaded, template, options.batch_size)
+        say(f"{options.model} on {loaded.model.device}, conversation template {template}.")
         if answerer.plain:
             say(
                 "This template asks nothing: every answer is the image's caption. If the language model was trained on "
@@ -173,9 +177,9 @@ class _Checkpoint:
 class _Api:
     """A model behind an endpoint."""
 
-    def __init__(self, args):
-        self.name, self.endpoint = args.model, _endpoint(args, args.model, args.base_url, args.key_env)
-        self.settings = {"model": args.model, "base_url": self.endpoint.url}
+    def __init__(self, options: EvalOptions):
+        self.name, self.endpoint = options.model, _endpoint(options, options.model, options.base_url, options.key_env)
+        self.settings = {"model": options.model, "base_url": self.endpoint.url}
 
     def load(self, answered: bool) -> Any:
         from .endpoint import EndpointAnswerer
@@ -196,7 +200,7 @@ def _short_name(model):
 # ---- the run
 
 
-def main(args: argparse.Namespace) -> int:
+def run(options: EvalOptions) -> int:
     """Run the command.
 
     Returns:
@@ -207,28 +211,28 @@ def main(args: argparse.Namespace) -> int:
             up, or every image fails. Answers so far are kept.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
-    tasks, judge = _tasks(args), _check(args)
-    with locked(Path(args.output, ".lock"), args.output, "choose another --output"), contextlib.ExitStack() as opened:
+    tasks, judge, output = _tasks(options), _check(options), options.output
+    with locked(Path(output, ".lock"), output, "choose another --output"), contextlib.ExitStack() as opened:
         try:
-            _run(args, tasks, judge, opened)
+            _run(options, tasks, judge, opened)
         except OSError as error:
-            raise HaclError(f"{error.filename or args.output}: {error.strerror}; answers so far are kept.") from None
+            raise HaclError(f"{error.filename or output}: {error.strerror}; answers so far are kept.") from None
         except KeyboardInterrupt:
-            print(f"\nstopped; answers so far are in {args.output}. The same command goes on.", file=sys.stderr)
+            print(f"\nstopped; answers so far are in {output}. The same command goes on.", file=sys.stderr)
             return 130
     return 0
 
 
-def _run(args, tasks, judge, opened):
+def _run(options: EvalOptions, tasks, judge, opened):
     from .engine import write_table
     from .journal import check_settings
 
-    source = _Api(args) if args.model.startswith("api:") else _Checkpoint(args)
-    for path in Path(args.output).glob("*/settings.json"):
+    source = _Api(options) if options.model.startswith("api:") else _Checkpoint(options)
+    for path in Path(options.output).glob("*/settings.json"):
         check_settings(path, source.settings)  # other tasks there are of the same model, too
     for task in tasks:
         opened.enter_context(task.open(source.settings))
-    _check_images(tasks, args.images)
+    _check_images(tasks, options.images)
     model, finished = None, []
     try:
         for task in tasks:
@@ -242,4 +246,4 @@ def _run(args, tasks, judge, opened):
         finished += [task.finish(source.name, judge) for task in tasks if task.benchmark.judged]
     finally:  # what ends one task takes nothing from the others
         if finished:
-            write_table(Path(args.output))
+            write_table(Path(options.output))

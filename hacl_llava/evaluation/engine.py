@@ -3,7 +3,6 @@
 Answers and verdicts are lines of journals, so that a run that was killed goes on behind the last one.
 """
 
-import argparse
 import functools
 import os
 import re
@@ -23,6 +22,7 @@ from ..common.statistics import sample, summarise
 from ..config import DataError, HaclError
 from . import Question
 from .benchmark import Benchmark, digest
+from .command import EvalOptions
 from .journal import Answers, check_settings
 from .mmhal import Rubric
 
@@ -51,22 +51,22 @@ class Task:
         settings: what its answers depend on. journal: its answers, once it is opened.
     """
 
-    def __init__(self, benchmark: Benchmark, args: argparse.Namespace) -> None:
-        self.benchmark, self.args, questions = benchmark, args, benchmark.questions
+    def __init__(self, benchmark: Benchmark, options: EvalOptions) -> None:
+        self.benchmark, self.options, questions = benchmark, options, benchmark.questions
         self.name = "".join(c if c.isprintable() else " " for c in benchmark.name)
-        self.folder = Path(args.output, re.sub(r"\W+", "-", self.name.lower()).strip("-") or "task")
-        self.asked = sample(questions, args.limit, args.seed) if args.limit else questions
+        self.folder = Path(options.output, re.sub(r"\W+", "-", self.name.lower()).strip("-") or "task")
+        self.asked = sample(questions, options.limit, options.seed) if options.limit else questions
         self.settings = {
             "task": self.name,
             "questions": digest([[q.id, q.image, q.text] for q in questions]),
-            "max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens,
+            "max_new_tokens": options.max_new_tokens or benchmark.max_new_tokens,
         }
         self.journal = None
 
     def open(self, settings: dict[str, Any]) -> Answers:
         """Read the answers so far, in a journal to be closed; HaclError if they are of other settings (the model's)."""
         old = check_settings(self.folder / "settings.json", settings | self.settings)
-        here = os.path.abspath(self.args.images)
+        here = os.path.abspath(self.options.images)
         if old.get("images", here) != here:  # moved, mostly; but these may be others under the same names
             say(
                 f"{self.name}: the answers in {self.folder} were given with --images {old['images']}, now it is "
@@ -92,17 +92,17 @@ class Task:
         check_settings(path, settings)
         if not path.exists():
             self.folder.mkdir(exist_ok=True)
-            write_json(path, settings | {"images": os.path.abspath(self.args.images)})
+            write_json(path, settings | {"images": os.path.abspath(self.options.images)})
         pending = self.pending()
 
         def lines():
-            for answer in model.answers(pending, self.args.images, self.settings["max_new_tokens"]):
+            for answer in model.answers(pending, self.options.images, self.settings["max_new_tokens"]):
                 question = answer.question
                 said = {"text": answer.text} if answer.error is None else {"error": answer.error}
                 line = {"question_id": question.id, "image": question.image, "prompt": question.text}
                 yield line | said | {"model_id": name}
 
-        hint = f"See to --images {self.args.images} and to the model; the same command asks them again."
+        hint = f"See to --images {self.options.images} and to the model; the same command asks them again."
         self._write_down(lines(), self.journal, self.name, len(pending), len(self.asked), hint)
 
     def _write_down(self, lines: Iterable[dict], journal, title, missing, of, hint=None):
@@ -151,7 +151,7 @@ class Task:
 
     def finish(self, model: str, judge: Judge | None = None) -> None:
         """Score the answers, by the judge where it takes one; write items.jsonl and results.json."""
-        of, args = self.benchmark, self.args
+        of, options = self.benchmark, self.options
         self.journal.sort(q.id for q in of.questions)
         verdicts = self._verdicts(judge) if of.judged else {}
         items = []
@@ -169,7 +169,7 @@ class Task:
             sums.update(item.get("counts", {}))
         scored = sum("counts" in item for item in items)
         counts = {"questions": len(items), "scored": scored, "failed": len(items) - scored, "unclear": 0, **sums}
-        metrics = summarise(of.metrics, items, seed=args.seed)
+        metrics = summarise(of.metrics, items, seed=options.seed)
         result = {"task": self.name, "kind": of.kind, "model": model, "metrics": metrics, "counts": counts}
         # besides what answers depend on: what figures do, by content, so that the same lists may lie elsewhere
         settings = read_json(self.folder / "settings.json")
@@ -179,7 +179,8 @@ class Task:
             result["judge"] = {"name": endpoint.model, "url": endpoint.url, "rubric": rubric.name}
             result["judge"]["rubric_sha256"] = digest(rubric)
             settings |= {"judge": endpoint.model, "rubric": rubric.name}
-        result |= {"images": os.path.abspath(args.images), "settings": settings, "provenance": provenance(args.seed)}
+        result |= {"images": os.path.abspath(options.images), "settings": settings}
+        result["provenance"] = provenance(options.seed)
         jsonl.write(self.folder / "items.jsonl", items)
         write_json(self.folder / "results.json", result)
 

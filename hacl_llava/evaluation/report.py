@@ -4,17 +4,18 @@ What is found below the folders is read, never changed: trainer_state.json of tr
 ``hacl-llava eval``, analysis.json of ``hacl-llava analyze``. report.json is what the page is made from.
 """
 
-import argparse
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.files import finite, write_bytes, write_json, write_text
+from ..common.files import finite, is_number, write_bytes, write_json, write_text
 from ..common.images import image_file
-from ..common.report import as_html, as_words, counted, figure, is_number, provenance, pyplot, shorten, thumbnail
+from ..common.options import argument, option
+from ..common.report import as_html, as_words, counted, figure, provenance, pyplot, shorten, thumbnail
 from ..config import HaclError
 from .analyze import LABELS, SPACES
 from .charts import draw_curves, draw_evaluation, lines_of
@@ -44,16 +45,21 @@ _VERDICTS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give an argparse parser the command's arguments."""
-    add = parser.add_argument
-    add("runs", metavar="NAME=FOLDER", nargs="+", help="a run's folder, searched to any depth; FOLDER: named after it")
-    add("--output", metavar="OUT", required=True, help="folder for report.html, report.json and pictures")
-    add("--baseline", metavar="NAME", help="the run that the others are compared with (default: the first)")
-    add("--gallery", type=int, default=12, metavar="N", help="images shown of each comparison (default: %(default)s)")
-    add("--images", metavar="DIR", help="where images lie now, in place of the folder that the evaluation names")
-    add("--title", metavar="TEXT", help="heading of the page (default: the names of the runs)")
-    add("--seed", type=int, default=0, help="of intervals and of the gallery's sample (default: %(default)s)")
+@dataclass
+class ReportOptions:
+    """one page that puts runs side by side
+
+    Training curves, evaluations with intervals and paired tests, figures of analyses, and images with the answers of
+    both models where they differ, on one page: report.html, and report.json.
+    """
+
+    runs: list[str] = argument("a run's folder, searched; FOLDER: named after it", nargs="+", metavar="NAME=FOLDER")
+    output: str = option("folder for report.html, report.json and pictures", required=True, metavar="OUT")
+    baseline: str | None = option("the run that the others are compared with (default: the first)", metavar="NAME")
+    gallery: int = option("images shown of each comparison", 12, metavar="N")
+    images: str | None = option("where images lie now, in place of the folder that the evaluation names", metavar="DIR")
+    title: str | None = option("heading of the page (default: the names of the runs)", metavar="TEXT")
+    seed: int = option("of intervals and of the gallery's sample", 0)
 
 
 # ---- the summary
@@ -216,14 +222,14 @@ def _training_ends(lines):
 # ---- all of it
 
 
-def _gallery(runs, baseline, output, args):
+def _gallery(runs, baseline, output, options: ReportOptions):
     parts, number = [], 0
-    for run in (r for r in runs if r is not baseline and args.gallery):
+    for run in (r for r in runs if r is not baseline and options.gallery):
         tasks = [t for t in baseline.tasks if t in run.tasks]
-        for drawn, entries in draw_gallery(baseline, run, tasks, args.gallery, args.seed):
+        for drawn, entries in draw_gallery(baseline, run, tasks, options.gallery, options.seed):
             for entry in entries:
                 number += 1
-                folder = str(args.images or baseline.tasks[entry["task"]]["result"].get("images") or ".")
+                folder = str(options.images or baseline.tasks[entry["task"]]["result"].get("images") or ".")
                 entry["picture"] = entry["problem"] = None
                 try:
                     if "image" not in entry:
@@ -294,16 +300,16 @@ def _run_facts(run):
     return {"name": run.name, "folder": run.folder, "training": training, "evaluations": evaluations}
 
 
-def make_report(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, Any]:
-    """Write the report of ``runs`` to ``args.output``; returns its numbers, what report.json holds."""
-    output = Path(args.output)
+def make_report(runs: Sequence[Run], options: ReportOptions) -> dict[str, Any]:
+    """Write the report of ``runs`` to ``options.output``; returns its numbers, what report.json holds."""
+    output = Path(options.output)
     shown = [r for r in runs if r.training or r.tasks]  # a folder of an analysis is no run of its own
     about, shown = _about(shown), shown or runs
-    baseline = next((r for r in runs if r.name == args.baseline), shown[0])
-    tasks = _evaluations(shown, baseline, args.seed)
+    baseline = next((r for r in runs if r.name == options.baseline), shown[0])
+    tasks = _evaluations(shown, baseline, options.seed)
     found = {
-        "title": args.title or "Report: " + ", ".join(r.name for r in shown),
-        "seed": args.seed,
+        "title": options.title or "Report: " + ", ".join(r.name for r in shown),
+        "seed": options.seed,
         "baseline": baseline.name,
         "summary": summarise(tasks, shown, baseline),
         "runs": [_run_facts(r) for r in shown],
@@ -313,9 +319,9 @@ def make_report(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, Any]
         "tasks": tasks,
         "pictures": {},
         "analyses": _analyses(runs, output),
-        "gallery": _gallery(shown, baseline, output, args),
+        "gallery": _gallery(shown, baseline, output, options),
         "left_out": [{"run": r.name, "file": file, "reason": reason} for r in runs for file, reason in r.left_out],
-        "provenance": provenance(args.seed),
+        "provenance": provenance(options.seed),
     }
     for stage in (1, 2):
         if lines := lines_of(shown, stage):
@@ -337,20 +343,20 @@ def page(found: Mapping[str, Any], output: str | os.PathLike) -> str:
     return as_html("report.html.j2", found, output, **words, verdict_of=verdict_of, p_words=_p)
 
 
-def main(args: argparse.Namespace) -> int:
+def run(options: ReportOptions) -> int:
     """Read the runs, write the report, and print what came of it; returns 0.
 
     Raises:
         HaclError: folders or names that cannot be, or nothing to report on. ImportError: no matplotlib.
     """
-    folders = parse_runs(args.runs)
+    folders = parse_runs(options.runs)
     names = [name for name, _ in folders]
-    if args.baseline is not None and args.baseline not in names:
-        raise HaclError(f"--baseline is {args.baseline!r}, allowed is the name of a run: {', '.join(names)}.")
-    if args.gallery < 0:
-        raise HaclError(f"--gallery is {args.gallery}, allowed is a number from 0 (no gallery).")
+    if options.baseline is not None and options.baseline not in names:
+        raise HaclError(f"--baseline is {options.baseline!r}, allowed is the name of a run: {', '.join(names)}.")
+    if options.gallery < 0:
+        raise HaclError(f"--gallery is {options.gallery}, allowed is a number from 0 (no gallery).")
     pyplot()
-    runs = [read_run(name, folder, args.output) for name, folder in folders]
+    runs = [read_run(name, folder, options.output) for name, folder in folders]
     if not any(r.training or r.tasks or r.analyses for r in runs):
         left_out = "".join(f"\n  {file}: {reason}" for r in runs for file, reason in r.left_out)
         raise HaclError(
@@ -359,11 +365,11 @@ def main(args: argparse.Namespace) -> int:
             + (f" Left out:{left_out}" if left_out else "")
         )
     try:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        found = make_report(runs, args)
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+        found = make_report(runs, options)
     except OSError as error:
-        raise HaclError(f"{args.output}: cannot be written ({error.strerror or error}).") from None
+        raise HaclError(f"{options.output}: cannot be written ({error.strerror or error}).") from None
     for entry in found["left_out"]:
         print(f"left out: {entry['file']}: {entry['reason']}", file=sys.stderr)
-    print(f"{Path(args.output) / 'report.html'}: written, with report.json and pictures beside it.")
+    print(f"{Path(options.output) / 'report.html'}: written, with report.json and pictures beside it.")
     return 0

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..common.files import read_json
-from ..common.report import is_number
+from ..common.files import is_number, read_json
 from ..config import DataError, HaclError
 
 TASKS = {"pope": ".pope", "chair": ".chair", "amber": ".amber", "mmhal": ".mmhal"}  # "kind" of results.json: module

@@ -5,10 +5,11 @@ import functools
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 
 from .. import __version__
 from ..common.endpoint import Endpoint
-from ..common.options import whole
+from ..common.options import argument, option, whole
 from ..common.report import pyplot
 from ..config import HaclError
 from . import KINDS, lexicon
@@ -48,127 +49,120 @@ def _weighted(names, least):
     return read
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give an argparse parser the command's arguments."""
-    add = parser.add_argument
-    add("input", metavar="INPUT", help="LLaVA-format json or json lines, .gz or not")
-    add("output", metavar="OUTPUT", help="the same with hallucinated captions (.json, .jsonl, .gz by its name)")
-    add(
-        "--source",
+_GROUPS = ("what is asked for", "how the run goes", "source api (the key comes from the environment alone)")
+_asked, _going, _api = (functools.partial(option, group=group) for group in _GROUPS)
+
+
+@dataclass
+class HallucinateOptions:
+    """add hallucinated captions to LLaVA-format data
+
+    Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by rules, by a model
+    behind an OpenAI-compatible endpoint, or by a mix. A run that was stopped or killed goes on when the same command is
+    given again.
+    """
+
+    input: str = argument("LLaVA-format json or json lines, .gz or not", metavar="INPUT")
+    output: str = argument("with hallucinated captions; .json, .jsonl, .gz by its name", metavar="OUTPUT")
+    source: list[tuple[str, float]] | None = _asked(
+        "rules (no network, no model; the default), api (an OpenAI-compatible endpoint, your own vLLM or Ollama too); "
+        "give it again to mix: --source rules=0.3 --source api=0.7",
         type=_weighted(SOURCES, 1e-9),
         action="append",
         metavar="NAME[=SHARE]",
-        help="rules (no network, no model; the default), api (an OpenAI-compatible endpoint, your own vLLM or Ollama "
-        "too); give it again to mix: --source rules=0.3 --source api=0.7",
     )
-    add("--per-caption", type=whole, default=1, metavar="K", help="hallucinated captions for each (default: 1)")
-    add(
-        "--types",
+    per_caption: int = _asked("hallucinated captions for each", 1, type=whole, metavar="K")
+    types: list[tuple[str, float]] | None = _asked(
+        f"kinds of hallucination and their weights: {', '.join(KINDS)} (default: all alike)",
         type=_weighted(KINDS, 0),
         nargs="+",
         metavar="KIND[=WEIGHT]",
-        help=f"kinds of hallucination and their weights: {', '.join(KINDS)} (default: all alike)",
     )
-    add("--seed", type=int, default=0, help="of every random choice (default: 0)")
-    add(
-        "--workers",
-        type=whole,
-        metavar="N",
-        help="processes of rules (default: cores), requests in flight of api (16)",
-    )
-    add("--limit", type=whole, metavar="N", help="only the first N records; the same command without it goes on")
-    add("--bad-records", choices=("refuse", "skip"), default="refuse", help="those without a caption (default: refuse)")
-    add("--replace", action="store_true", help="rewrite records that have hallucinated captions, too")
-    add("--restart", action="store_true", help="throw an earlier run's answers away and replace OUTPUT")
-    add("--report", action="store_true", help="write OUTPUT's .report.md, .json and .png beside it")
-    add("--dry-run", action="store_true", help="read the input, estimate tokens and cost, and stop")
-
-    add(
-        "--prompt-file",
+    seed: int = _asked("of every random choice", 0)
+    prompt_file: str | None = _asked(
+        "system prompt in place of the paper's (text), or prompt, examples, temperature, attempts, price, max_cost, "
+        "key_env, length_ratio ... (.yaml)",
         metavar="FILE",
-        help="system prompt in place of the paper's (text), or prompt, examples, temperature, attempts, price, "
-        "max_cost, key_env, length_ratio ... (.yaml)",
     )
+    workers: int | None = _going("processes of rules (default: cores), requests of api (16)", type=whole, metavar="N")
+    limit: int | None = _going("only the first N records; the same command without it goes on", type=whole, metavar="N")
+    bad_records: str = _going("those without a caption", "refuse", choices=("refuse", "skip"))
+    replace: bool = _going("rewrite records that have hallucinated captions, too", False)
+    restart: bool = _going("throw an earlier run's answers away and replace OUTPUT", False)
+    report: bool = _going("write OUTPUT's .report.md, .json and .png beside it", False)
+    dry_run: bool = _going("read the input, estimate tokens and cost, and stop", False)
+    model: str | None = _api("the model's name at the endpoint", metavar="NAME")
+    base_url: str | None = _api("of vLLM, SGLang or Ollama, say (default: OpenAI's)", metavar="URL")
+    write_requests: str | None = _api("write what is to be asked, as OpenAI's batches take it; stop", metavar="FILE")
+    read_results: list[str] | None = _api("read what came of it, in any order, also a part", nargs="+", metavar="FILE")
 
-    group = parser.add_argument_group("source api (the key comes from the environment alone)")
-    add = group.add_argument
-    add("--model", metavar="NAME", help="the model's name at the endpoint")
-    add("--base-url", metavar="URL", help="of a vLLM, SGLang or Ollama server, say (default: OpenAI's)")
-    add(
-        "--write-requests",
-        metavar="FILE",
-        help="write what is to be asked, as OpenAI's batches and vLLM's take it; stop",
-    )
-    add("--read-results", metavar="FILE", nargs="+", help="read what came of it, in any order, also a part of it")
 
-
-def _depends(args, sources, types, settings):
+def _depends(options: HallucinateOptions, sources, types, settings):
     """What the answers depend on: a run is only gone on with under the same."""
     depends = {
-        "input_name": os.path.basename(args.input),
+        "input_name": os.path.basename(options.input),
         "version": __version__,
         "source": sources,
-        "per_caption": args.per_caption,
+        "per_caption": options.per_caption,
         "types": types,
-        "seed": args.seed,
+        "seed": options.seed,
         "length_ratio": list(settings.length_ratio),
-        "replace": args.replace,
+        "replace": options.replace,
     }
     if "rules" in sources:
         depends["vocabulary"] = lexicon.digest()
     if "api" in sources:
         prompt = Prompt(settings.prompt, settings.examples).digest()
-        depends |= {"model": args.model, "prompt": prompt}
+        depends |= {"model": options.model, "prompt": prompt}
         depends |= {"temperature": settings.temperature, "attempts": settings.attempts}
     return depends
 
 
-def _check(args, sources):
-    if "api" in sources and not args.model:
+def _check(options: HallucinateOptions, sources):
+    if "api" in sources and not options.model:
         raise HaclError("--source api needs --model.")
-    given = {"--model": args.model, "--write-requests": args.write_requests, "--read-results": args.read_results}
-    given = [flag for flag, value in given.items() if value]
+    given = [name for name in ("model", "write_requests", "read_results") if getattr(options, name)]
     if given and "api" not in sources:
-        raise HaclError(f"{given[0]} is for --source api, which was not given.")
-    if args.write_requests and args.read_results:
+        raise HaclError(f"--{given[0].replace('_', '-')} is for --source api, which was not given.")
+    if options.write_requests and options.read_results:
         raise HaclError("--write-requests and --read-results: give one of them at a time.")
-    if args.types and not sum(w for _, w in args.types):
+    if options.types and not sum(w for _, w in options.types):
         raise HaclError("--types: every weight is 0; give one kind at least a weight above 0.")
 
 
-def _sources(args, sources, types, settings, run=None):
+def _sources(options: HallucinateOptions, sources, types, settings, run=None):
     """{name: (share, source)}; without a run, to have wrong settings refused."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     journal, made, checker = run and run.journal, {}, Checker(settings.length_ratio)
     for name, share in sources.items():
         if name == "rules":
-            made[name] = share, RulesSource(types, args.seed, checker, args.workers or cores)
+            made[name] = share, RulesSource(types, options.seed, checker, options.workers or cores)
             continue
-        more = {"checker": checker, "settings": settings, "seed": args.seed}
+        more = {"checker": checker, "settings": settings, "seed": options.seed}
         more["spent"] = dict(journal.usage.get("api", {})) if journal else {}
-        if args.write_requests:
-            made[name] = share, Asking(args.model, **more)
-        elif args.read_results:
-            told = {"paths": args.read_results, "run": run and run_id(run.header), "tries": run and journal.tries}
-            made[name] = share, ResultFiles(**told, model=args.model, **more)
+        if options.write_requests:
+            made[name] = share, Asking(options.model, **more)
+        elif options.read_results:
+            told = {"paths": options.read_results, "run": run and run_id(run.header), "tries": run and journal.tries}
+            made[name] = share, ResultFiles(**told, model=options.model, **more)
         else:
             endpoint = Endpoint(
-                args.model,
-                args.base_url,
+                options.model,
+                options.base_url,
                 settings.key_env,
                 timeout=settings.timeout,
                 retries=settings.retries,
-                concurrency=args.workers or 16,
+                concurrency=options.workers or 16,
                 requests_per_minute=settings.requests_per_minute,
             )
             made[name] = share, ApiSource(endpoint, **more)
     return made
 
 
-def _write_requests(args, run, sources):
+def _write_requests(options: HallucinateOptions, run, sources):
     items = run.items(run.split(sources)["api"])
     asking = sources["api"][1]
-    files, count = write_requests(asking, items, args.write_requests, run_id(run.header), run.journal.tries)
+    files, count = write_requests(asking, items, options.write_requests, run_id(run.header), run.journal.tries)
     print(f"{count} requests: {', '.join(files) or 'no file, nothing is left to ask'}.")
     if asking.stopped:
         print(f"  stopped early: {asking.stopped}", file=sys.stderr)
@@ -176,44 +170,44 @@ def _write_requests(args, run, sources):
     return 0
 
 
-def main(args: argparse.Namespace) -> int:
+def run(options: HallucinateOptions) -> int:
     """Run the command. Exit status 0: every record was seen to; 1: some are left, and the same command goes on."""
     sources = {}
-    for name, share in args.source or [("rules", 1.0)]:
+    for name, share in options.source or [("rules", 1.0)]:
         sources[name] = sources.get(name, 0) + share
-    types = dict.fromkeys(KINDS, 1.0) if not args.types else {k: dict(args.types).get(k, 0.0) for k in KINDS}
-    _check(args, sources)
-    settings = read_settings(args.prompt_file) if args.prompt_file else Settings()
-    if args.report:
+    types = dict.fromkeys(KINDS, 1.0) if not options.types else {k: dict(options.types).get(k, 0.0) for k in KINDS}
+    _check(options, sources)
+    settings = read_settings(options.prompt_file) if options.prompt_file else Settings()
+    if options.report:
         pyplot()  # refuse before any work is done
-    if not args.dry_run:
-        _sources(args, sources, types, settings)  # refuse wrong settings before the input is read
+    if not options.dry_run:
+        _sources(options, sources, types, settings)  # refuse wrong settings before the input is read
     run = Run(
-        args.input,
-        args.output,
-        settings=_depends(args, sources, types, settings),
-        per_caption=args.per_caption,
+        options.input,
+        options.output,
+        settings=_depends(options, sources, types, settings),
+        per_caption=options.per_caption,
         types=types,
-        seed=args.seed,
-        bad_records=args.bad_records,
-        replace=args.replace,
-        limit=args.limit,
-        restart=args.restart,
+        seed=options.seed,
+        bad_records=options.bad_records,
+        replace=options.replace,
+        limit=options.limit,
+        restart=options.restart,
     )
     survey = run.survey
     print(
-        f"{args.input}: {survey.records} records, {survey.captions} captions to rewrite, "
+        f"{options.input}: {survey.records} records, {survey.captions} captions to rewrite, "
         f"{len(survey.problems)} bad records."
     )
-    if args.dry_run or "api" in sources:
-        _estimate(args, sources, survey, settings)
-    if args.dry_run:
+    if options.dry_run or "api" in sources:
+        _estimate(options, sources, survey, settings)
+    if options.dry_run:
         return 0
     with run.open() as journal:
         cost = functools.partial(dollars, price=settings.price) if settings.price else None
-        made = _sources(args, sources, types, settings, run)
-        if args.write_requests:
-            return _write_requests(args, run, made)
+        made = _sources(options, sources, types, settings, run)
+        if options.write_requests:
+            return _write_requests(options, run, made)
         try:
             stopped = run.ask(made, cost)
         except KeyboardInterrupt:
@@ -222,19 +216,16 @@ def main(args: argparse.Namespace) -> int:
             return 130
         run.assemble()
         found = run.summary()
-        _say(args, cost, found, stopped)
-        if args.report:
-            print(f"report: {write_report(run, found, 'hacl-llava ' + shlex.join(_words(args)))}")
-    return EXIT_INCOMPLETE if found["failed"] or found["to do"] and args.limit is None else 0
+        _say(options, cost, found, stopped)
+        if options.report:
+            words = sys.argv[1:] if sys.argv[1:2] == ["hallucinate"] else ["hallucinate", options.input, options.output]
+            print(f"report: {write_report(run, found, 'hacl-llava ' + shlex.join(words))}")
+    return EXIT_INCOMPLETE if found["failed"] or found["to do"] and options.limit is None else 0
 
 
-def _words(args):
-    return sys.argv[1:] if sys.argv[1:2] == ["hallucinate"] else ["hallucinate", args.input, args.output]
-
-
-def _estimate(args, sources, survey, settings):
+def _estimate(options: HallucinateOptions, sources, survey, settings):
     total = sum(sources.values())
-    part = min(1, args.limit / survey.records) if args.limit else 1
+    part = min(1, options.limit / survey.records) if options.limit else 1
     for name, share in sources.items():
         share *= part
         items = round(survey.captions * share / total)
@@ -242,7 +233,7 @@ def _estimate(args, sources, survey, settings):
         if name != "rules":
             characters = round(survey.characters * share / total)
             prompt = Prompt(settings.prompt, settings.examples)
-            found = estimate(prompt, items, characters, items * args.per_caption, settings.price)
+            found = estimate(prompt, items, characters, items * options.per_caption, settings.price)
             line += f", {found['input']} tokens in and {found['output']} out (estimated at 4 characters a token)"
             if found["dollars"] is not None:
                 line += f", $ {found['dollars']:.2f} at {settings.price[0]:g} and {settings.price[1]:g} per million"
@@ -251,10 +242,10 @@ def _estimate(args, sources, survey, settings):
         print(line + ".")
 
 
-def _say(args, cost, found, stopped):
+def _say(options: HallucinateOptions, cost, found, stopped):
     kinds = ", ".join(f"{k} {found['kinds'][k]}" for k in KINDS)
     print(
-        f"{args.output}: {found['with hallucinated captions']} of {found['records']} records have "
+        f"{options.output}: {found['with hallucinated captions']} of {found['records']} records have "
         f"hallucinated captions ({kinds})."
     )
     for reason, count in found["without"].most_common():
@@ -268,5 +259,5 @@ def _say(args, cost, found, stopped):
         print(f"  stopped early: {sentence}", file=sys.stderr)
     if found["failed"]:
         print(f"  {found['failed']} failed; the same command asks for them again.", file=sys.stderr)
-    if found["to do"] and not args.limit:
+    if found["to do"] and not options.limit:
         print(f"  {found['to do']} are not asked for yet; the same command goes on.", file=sys.stderr)

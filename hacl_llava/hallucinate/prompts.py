@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..common.files import read_text
+from ..common.files import is_number, read_text
 from ..config import HaclError
 from . import KINDS, Item
 from .checks import RATIO
@@ -194,17 +193,17 @@ class Settings:
     def __post_init__(self) -> None:
         for name, allowed, right in (
             ("prompt", "a text", lambda v: isinstance(v, str) and v.strip()),
-            ("temperature", "a number from 0", lambda v: _number(v) and v >= 0),
+            ("temperature", "a number from 0", lambda v: is_number(v) and v >= 0),
             ("attempts", "a whole number from 1", lambda v: _whole(v) and v >= 1),
             ("max_output_tokens", "a whole number from 1", lambda v: v is None or _whole(v) and v >= 1),
             ("response_format", f"one of {', '.join(FORMATS)}", lambda v: isinstance(v, str) and v in FORMATS),
             ("length_ratio", "[MIN, MAX] with 0 <= MIN <= 1 <= MAX", lambda v: _pair(v) and 0 <= v[0] <= 1 <= v[1]),
             ("key_env", "the name of a variable", lambda v: isinstance(v, str) and v.strip()),
-            ("timeout", "a number of seconds above 0", lambda v: _number(v) and v > 0),
+            ("timeout", "a number of seconds above 0", lambda v: is_number(v) and v > 0),
             ("retries", "a whole number from 0", lambda v: _whole(v) and v >= 0),
-            ("requests_per_minute", "a number above 0", lambda v: v is None or _number(v) and v > 0),
+            ("requests_per_minute", "a number above 0", lambda v: v is None or is_number(v) and v > 0),
             ("price", "[INPUT, OUTPUT], numbers from 0", lambda v: v is None or _pair(v) and min(v) >= 0),
-            ("max_cost", "a number from 0", lambda v: v is None or _number(v) and v >= 0),
+            ("max_cost", "a number from 0", lambda v: v is None or is_number(v) and v >= 0),
         ):
             if not right(value := getattr(self, name)):
                 raise HaclError(f"{name} is {value!r}; allowed is {allowed}.")
@@ -215,16 +214,12 @@ class Settings:
             )
 
 
-def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _pair(value):
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
 
 
 def read_settings(path: str | os.PathLike) -> Settings:

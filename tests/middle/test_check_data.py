@@ -1,6 +1,5 @@
 """check-data: every case of the table of bad data, and the same checks before and during a run."""
 
-import argparse
 import contextlib
 import errno
 import json
@@ -18,7 +17,7 @@ import torch
 from bad_data import CASES, make
 from conftest import arguments
 
-from hacl_llava import check_data
+from hacl_llava import check_data, cli
 from hacl_llava.config import HaclError
 from hacl_llava.data import (
     BadRecords,
@@ -32,10 +31,9 @@ from hacl_llava.data import (
 
 def command(capsys, *argv):
     """Exit status, stdout and the one line of error, as the command line has them."""
-    parser = argparse.ArgumentParser()
-    check_data.add_arguments(parser)
+    run, options = cli.parse(["check-data", *map(str, argv)])
     try:
-        status, error = check_data.main(parser.parse_args([str(a) for a in argv])), None
+        status, error = run(options), None
     except HaclError as problem:
         status, error = 2, str(problem)
     return status, capsys.readouterr().out, error

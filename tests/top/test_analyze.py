@@ -1,6 +1,5 @@
 """Representations equal training's, measures equal plain loops, and ``hacl-llava analyze`` writes what it promises."""
 
-import argparse
 import base64
 import json
 import math
@@ -17,6 +16,7 @@ from PIL import Image
 from test_loading import lora_folder, published, stage2  # noqa: F401  (a fixture)
 from workers import Command
 
+from hacl_llava import cli
 from hacl_llava.checkpoints.convert import export_to_hf
 from hacl_llava.checkpoints.load import Loaded, load_pretrained, merge
 from hacl_llava.common import statistics
@@ -405,9 +405,8 @@ def test_equal_rows_come_to_equal_places_the_same_each_time(method):
 
 
 def run(*args):
-    parser = argparse.ArgumentParser()
-    analyze.add_arguments(parser)
-    return analyze.main(parser.parse_args([str(x) for x in args]))
+    command, options = cli.parse(["analyze", *map(str, args)])
+    return command(options)
 
 
 @pytest.fixture(scope="module")

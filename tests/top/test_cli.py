@@ -1,5 +1,8 @@
-"""hacl-llava: help, env, patch; and the wheel."""
+"""hacl-llava: options and help, env, patch; and the wheel."""
 
+import argparse
+import dataclasses
+import inspect
 import os
 import re
 import shutil
@@ -10,23 +13,94 @@ from pathlib import Path
 import pytest
 
 from hacl_llava import __version__, cli, patching
+from hacl_llava.common.options import add_options, argument, option, whole
 
 ROOT = Path(__file__).parents[2]
+LOADED, KEYS = "how the checkpoint is loaded", "endpoints (keys come from the environment alone)"
+GROUPS = {
+    "hallucinate": ("what is asked for", "how the run goes", "source api (the key comes from the environment alone)"),
+    "check-data": ("images", "texts", "what is written"),
+    "analyze": (LOADED,),
+    "export": (LOADED, "model card and hub"),
+    "card": ("model card and hub",),
+    "chat": (LOADED,),
+    "eval": (LOADED, "tasks, one or more", KEYS),
+}
+
+
+def ended(capsys, *argv):
+    """Exit status, stdout, stderr of a command line that argparse ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    return stop.value.code, *capsys.readouterr()
 
 
 def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    out = capsys.readouterr().out
-    assert stop.value.code == 0
-    for command in ("env", "patch", "hallucinate", "eval", "analyze", "report", "export", "card", "chat", "demo"):
-        assert re.search(rf"^    {command}\b", out, re.M)
-    with pytest.raises(SystemExit):
-        cli.main(["--version"])
-    assert __version__ in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["nothing"])
-    assert stop.value.code == 2
+    status, out, _ = ended(capsys, "--help")
+    assert status == 0
+    assert re.findall(r"^    ([\w-]+)\b", out, re.M) == list(cli.COMMANDS) and "eval" in cli.COMMANDS
+    assert __version__ in ended(capsys, "--version")[1]
+    status, _, err = ended(capsys, "nothing")
+    assert status == 2 and "argument COMMAND: invalid choice: 'nothing'" in err
+    assert ended(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_fits_a_screen(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = ended(capsys, name, "--help")
+    lines = out.splitlines()
+    assert status == 0 and len(lines) <= (50 if name in ("hallucinate", "eval") else 40)
+    assert max(map(len, lines)) <= 80 and lines[0].startswith(f"usage: hacl-llava {name} [options]")
+    titles = re.findall(r"^(\S.*):\n  \S", out, re.M)
+    assert [t for t in titles if t not in ("positional arguments", "options")] == list(GROUPS.get(name, ()))
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_options_of_a_bare_line_are_the_defaults_in_python(name):
+    options, line, given = inspect.signature(cli.COMMANDS[name]).parameters["options"].annotation, [], {}
+    for field in dataclasses.fields(options):
+        if field.init and field.default is dataclasses.MISSING:
+            value = "llava" if field.name == "to" else "x"
+            line += [f"--{field.name}", value] if field.kw_only else [value]
+            given[field.name] = [value] if field.type == list[str] else value
+    assert cli.parse([name, *line]) == (cli.COMMANDS[name], options(**given))
+
+
+@dataclasses.dataclass
+class Several:
+    place: list[str] = argument("where", nargs="+", metavar="PLACE")
+    kind: str = option("of what", required=True, choices=("a", "b"))
+    many: int = option("how many", 0, type=whole)
+    share: float | None = option("of all (default: none)", group="fine")
+    up: bool = option("upwards", False, either="way")
+    down: bool = option("downwards", False, either="way", group="fine")
+    words: list[str] | None = option("said", flag="--word", action="append", metavar="W")
+    fixed: str | None = dataclasses.field(default=None, init=False)
+
+
+def test_a_parser_is_made_from_a_dataclass(capsys):
+    parser = argparse.ArgumentParser(prog="p")
+    add_options(parser, Several)
+    read = lambda line: Several(**vars(parser.parse_args(line.split())))  # noqa: E731
+    assert read("x y --kind a") == Several(["x", "y"], kind="a")
+    assert read("x --kind b --many 3 --share 1.5 --down --word u --word v") == Several(
+        ["x"], kind="b", many=3, share=1.5, down=True, words=["u", "v"]
+    )
+    for line, said in (
+        ("x", "the following arguments are required: --kind"),
+        ("x --kind c", "argument --kind: invalid choice: 'c'"),
+        ("x --kind a --many 0", "argument --many: '0': allowed is a whole number from 1"),
+        ("x --kind a --share y", "argument --share: invalid float value: 'y'"),
+        ("x --kind a --up --down", "argument --down: not allowed with argument --up"),
+        ("x --kind a --fixed y", "unrecognized arguments: --fixed y"),
+    ):
+        with pytest.raises(SystemExit):
+            read(line)
+        err = capsys.readouterr().err
+        assert err.startswith("usage: p [options] PLACE ... --kind {a,b}\n") and said in err
+    text = parser.format_help()
+    assert "how many (default: 0)\n" in text and "of all (default: none)\n" in text and "upwards\n" in text
 
 
 def test_env(capsys):

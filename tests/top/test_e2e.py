@@ -120,7 +120,7 @@ def test_demo(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "LLM_STEPS", 60)
     monkeypatch.setattr(demo, "TOWER_STEPS", 60)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets it; not for other tests
-    assert demo.run(tmp_path, images=64, epochs=1, processes=2) == 0
+    assert demo.run(demo.DemoOptions(output=str(tmp_path), images=64, epochs=1, processes=2)) == 0
     out = capfd.readouterr().out
     assert "engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu, fused passes" in out
     assert re.search(r"closer to true than hallucinated +0\.\d+ +0\.\d+", out)
