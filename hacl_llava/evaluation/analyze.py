@@ -15,7 +15,7 @@ from ..common.report import as_html, provenance
 from ..config import HaclError
 
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}  # how `figures` brings representations to two dimensions
-SPACES = {"llm": "the LLM's space", "head": "head space"}
+SPACES = {"llm": "the LLM's space", "centred": "the LLM's space, centred", "head": "head space"}
 _MODELS = 4  # side by side at most
 _NAMED = 20  # skipped records named on the page; analysis.json has more
 # label, and how to read it
@@ -28,6 +28,7 @@ LABELS = {
     "image_to_text_r5": ("image to text R@5", "... is among the five nearest"),
     "text_to_image_r1": ("text to image R@1", "a right image is the nearest of all to the caption"),
     "text_to_image_r5": ("text to image R@5", "... is among the five nearest"),
+    "caption_to_caption_r1": ("caption to caption R@1", "another caption of the image is the nearest: a bound"),
     "closer_to_true": ("closer to true", "pairs whose image is closer to its caption than to the hallucinated one"),
     "closer_to_true_than_all": ("closer to true than to all", "images for which that holds for all they have"),
     "mean_margin": ("mean margin", "cosine with the caption less that with a hallucinated caption"),
@@ -62,6 +63,8 @@ class AnalyzeOptions(Loader):
     seed: int = option("of the draw and the pictures", 0)
     method: Sequence[str] = option("pictures to draw (default: both)", tuple(METHODS), nargs="+", choices=METHODS)
     visual_bos: str | None = option("BOS before the image (default: as trained, else true)", choices=("true", "false"))
+    representation: str | None = option("what to look at (default: as trained, else eos)", choices=("eos", "prompt"))
+    prompt: str | None = option("of --representation prompt (default: as trained)", metavar="TEXT")
     batch_size: int = option("images at a time", 16)
     workers: int = option("processes that read images", 2)
     base: str | None = field(default=None, init=False)  # each has its own, see bases
@@ -97,10 +100,12 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     from . import representations
 
     items, counts, skipped = representations.sample_records(options.data, options.limit, options.seed)
-    bos = options.visual_bos == "true" if options.visual_bos else representations.common_visual_bos(options.checkpoints)
+    bos = None if options.visual_bos is None else options.visual_bos == "true"
+    given = {"visual_bos": bos, "representation": options.representation, "prompt": options.prompt}
+    config = representations.common_config(options.checkpoints, **given)
     out, found = Path(options.output), []
     out.mkdir(parents=True, exist_ok=True)
-    how = {"visual_bos": bos, "batch_size": options.batch_size, "workers": options.workers}
+    how = {"config": config, "batch_size": options.batch_size, "workers": options.workers}
     how["options"] = options.settings()
     for name, path, base in zip(names, options.checkpoints, bases):
         file = out / f"representations-{slug(name)}.safetensors"
@@ -126,7 +131,8 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
         "unreadable_images": len(unread),
         "skipped": skipped + unread,
     }
-    analysis["visual_bos"] = bos
+    analysis |= {"visual_bos": config.visual_bos, "representation": config.representation}
+    analysis["prompt"] = config.prompt if config.representation == "prompt" else None
     analysis["figures"] = figures.draw(out, found, analysis, SPACES, list(dict.fromkeys(options.method)), options.seed)
     analysis |= {"provenance": provenance(options.seed), "findings": findings(analysis)}
     analysis = finite(analysis)

@@ -61,6 +61,30 @@ def retrieval(
     return ranks, right_of
 
 
+def captions_of_one_image(
+    texts: np.ndarray, images: Sequence[str], captions: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether a caption's nearest caption is another one of its image: how much of what a caption says its
+    representation holds, and so the most that images can learn from it.
+
+    Args:
+        texts: ``[N, D]`` of unit norm. images, captions: N labels; captions of the same text are passed over.
+
+    Returns:
+        ``[N]`` found, and ``[N]`` whether the image has another caption at all; a tie counts against.
+    """
+    image, caption = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (images, captions))
+    found, has = np.zeros(len(texts)), np.zeros(len(texts))
+    for start in range(0, len(texts), 512):
+        part = slice(start, start + 512)
+        cosines = np.where(caption[part, None] == caption[None], -np.inf, texts[part] @ texts.T)
+        right = (image[part, None] == image[None]) & (cosines > -np.inf)
+        best, wrong = (np.where(which, cosines, -np.inf).max(1) for which in (right, ~right))
+        has[part] = right.any(1)
+        found[part] = has[part] * (best > wrong + TIE)
+    return found, has
+
+
 def chance_of_recall(right_of: np.ndarray, k: int) -> float:
     """Expected recall at k of a random order: mean over queries of 1 - C(N - c, k) / C(N, k), c of N targets right."""
     n, missed = len(right_of), np.ones(len(right_of))
@@ -115,6 +139,7 @@ def items_of(
     for k in (1, 5):
         found[f"i2t_{k}"], found[f"t2i_{k}"] = (ranks <= k).astype(float), (back <= k).astype(float)
         chance[f"image_to_text_r{k}"] = chance[f"text_to_image_r{k}"] = chance_of_recall(right_of, k)
+    found["t2t"], found["t2t_n"] = captions_of_one_image(t, images, captions)
     if len(h):
         for name, x in (("vh", v), ("th", t)):
             u = _direction(x, h)
@@ -153,6 +178,8 @@ MEASURES = {
     "image_to_text_r5": lambda s: ratio(s["i2t_5"], s["n"]),
     "text_to_image_r1": lambda s: ratio(s["t2i_1"], s["n"]),
     "text_to_image_r5": lambda s: ratio(s["t2i_5"], s["n"]),
+    # share of captions, of those whose image has several, that have one of these nearest: a bound for the above
+    "caption_to_caption_r1": lambda s: ratio(s["t2t"], s["t2t_n"]),
     # share of pairs (image, hallucinated caption) with cos(v, t) > cos(v, h); a tie counts against
     "closer_to_true": lambda s: ratio(s["closer"], s["m"]),
     # share of images with cos(v, t) > cos(v, h) for every hallucinated caption they have (training logs this one)

@@ -40,14 +40,14 @@ from ..records import (
     problem_of,
     stream_records,
 )
-from ..representation import read_head
+from ..representation import read_head, suffix_ids
 from .answers import alive
 from .journal import digest_of
 
 # isort: split
 from llava.mm_utils import tokenizer_image_token
 
-_FORMAT = 1  # of the files; another one is made anew
+_FORMAT = 2  # of the files; another one is made anew
 _LISTED = 1000  # names of skipped records that are kept; all are counted
 
 
@@ -69,7 +69,8 @@ class Representations:
 
     ``index``: ``[N]`` places of the records in the data. ``owner``: ``[M]`` row of the image that a hallucinated
     caption belongs to; ``which``: ``[M]`` its place among those of its record. ``spaces``: {"llm": (e_v ``[N, D]``, e_t
-    ``[N, D]``, e_h ``[M, D]``)}, and with heads {"head": ...} of width P and unit norm; float32. ``skipped``: names of
+    ``[N, D]``, e_h ``[M, D]``), "centred": the same less the mean e_t}, and with heads {"head": ...}, centred if they
+    were trained so, of width P and unit norm; float32. ``skipped``: names of
     records whose image could not be read, and why. ``about``: settings and what the file was made from.
     """
 
@@ -156,20 +157,31 @@ def hacl_settings(path: str | os.PathLike) -> tuple[HaclConfig | None, bool]:
     return (HaclConfig.from_dict(saved) if saved else None), False
 
 
-def common_visual_bos(paths: Iterable[str | os.PathLike]) -> bool:
-    """Whether the visual sequence begins with BOS: the checkpoints' own setting, for all of them the same.
+def common_config(paths: Iterable[str | os.PathLike], **given: Any) -> HaclConfig:
+    """How sequences are made, for all checkpoints the same: their own ``visual_bos``, ``representation``, ``prompt``.
+
+    Args:
+        given: what is to be in place of their own; None: their own.
 
     Returns:
-        True, the default, where no checkpoint has HACL settings.
+        The defaults where no checkpoint has HACL settings.
 
     Raises:
-        HaclError: they differ.
+        HaclError: they differ, or what is given is not allowed.
     """
-    own = {str(path): config.visual_bos for path in paths if (config := hacl_settings(path)[0]) is not None}
-    if len(set(own.values())) > 1:
-        said = ", ".join(f"{path}: {value}" for path, value in own.items())
-        raise HaclError(f"the checkpoints were trained with different visual_bos ({said}); give --visual-bos.")
-    return next(iter(own.values()), True)
+    own = {str(path): config for path in paths if (config := hacl_settings(path)[0]) is not None}
+    values = {}
+    for name in ("visual_bos", "representation", "prompt"):
+        found = {path: getattr(config, name) for path, config in own.items()}
+        if name == "prompt":  # of no account for the others
+            found = {path: prompt for path, prompt in found.items() if own[path].representation == "prompt"}
+        if given.get(name) is None and len(set(found.values())) > 1:
+            said = ", ".join(f"{path}: {value}" for path, value in found.items())
+            flag = name.replace("_", "-")
+            raise HaclError(f"the checkpoints were trained with different {name} ({said}); give --{flag}.")
+        if (value := given.get(name, None)) is not None or found:
+            values[name] = next(iter(found.values())) if value is None else value
+    return HaclConfig(fused=False, **values)
 
 
 def _sizes(files):
@@ -186,19 +198,22 @@ def _sizes(files):
 
 
 class Extractor:
-    """Runs single sequences through a LLaVA model and takes the last layer's state, after the final norm, at EOS.
+    """Runs single sequences through a LLaVA model and takes the last layer's state, after the final norm, at the end.
 
-    The sequences are those of HACL's separate passes (`hacl_llava.representation`): ``[BOS, v_1 .. v_m, EOS]`` and
-    ``[BOS, t_1 .. t_n, EOS]``, arXiv 2312.06968.
+    The sequences are those of HACL's separate passes (`hacl_llava.representation`): ``[BOS, v_1 .. v_m, suffix]`` and
+    ``[BOS, t_1 .. t_n, suffix]``, arXiv 2312.06968, where the suffix is EOS.
 
     Args:
         loaded: what `load_pretrained` returns; a model of any LLaVA class.
-        visual_bos: whether BOS stands before the image.
+        config: how sequences are made, see `common_config`; None: `HaclConfig`'s defaults.
         batch_size: images at a time; of texts, which are shorter, four times as many.
         workers: processes that read images; 0 reads them here.
     """
 
-    def __init__(self, loaded: Loaded, visual_bos: bool = True, batch_size: int = 16, workers: int = 0) -> None:
+    def __init__(
+        self, loaded: Loaded, config: HaclConfig | None = None, batch_size: int = 16, workers: int = 0
+    ) -> None:
+        self.how = config or HaclConfig()
         self.tokenizer, self.model, self.processor, _ = loaded
         self.batch_size, self.workers = batch_size, workers
         config = self.model.config
@@ -207,13 +222,12 @@ class Extractor:
         # What LLaVA would cut is the end, which is EOS; and it refuses stage 1's setting of old with <im_start>.
         config.tokenizer_model_max_length, config.tokenizer_padding_side = None, "right"
         config.tune_mm_mlp_adapter = False
-        if self.tokenizer.eos_token_id is None:
-            raise HaclError("the tokenizer has no EOS token, whose state is the global representation.")
+        self.suffix = suffix_ids(self.how, self.tokenizer)
         before = tokenizer_image_token("<image>", self.tokenizer)
-        before = before[: before.index(IMAGE_TOKEN_INDEX)] if visual_bos else []
-        if visual_bos and not before and self.tokenizer.bos_token_id is not None:
+        before = before[: before.index(IMAGE_TOKEN_INDEX)] if self.how.visual_bos else []
+        if self.how.visual_bos and not before and self.tokenizer.bos_token_id is not None:
             before = [self.tokenizer.bos_token_id]  # of a tokenizer that adds none, as in training
-        self.visual_ids = [*before, IMAGE_TOKEN_INDEX, self.tokenizer.eos_token_id]
+        self.visual_ids = [*before, IMAGE_TOKEN_INDEX, *self.suffix]
         self.device = self.model.get_input_embeddings().weight.device
         self.cut = 0  # texts that were longer than the model takes
 
@@ -264,7 +278,7 @@ class Extractor:
         """
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # a tokenizer takes no half character
         unique = list(dict.fromkeys(texts))
-        ids = [tokenize_caption(text, self.tokenizer) for text in unique]
+        ids = [tokenize_caption(text, self.tokenizer, self.suffix) for text in unique]
         self.cut += sum(len(x) >= self.tokenizer.model_max_length for x in ids)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: no surprise at the end
         states = torch.zeros(len(ids), self.model.config.hidden_size)
@@ -287,12 +301,12 @@ def extract(
     loaded: Loaded,
     items: Sequence[Item],
     images: str | os.PathLike,
-    visual_bos: bool = True,
+    config: HaclConfig | None = None,
     batch_size: int = 16,
     workers: int = 0,
     label: str = "",
 ) -> Representations:
-    """Represent records by a loaded model; head space as well where the model has heads.
+    """Represent records by a loaded model; centred, and in head space where the model has heads.
 
     Args:
         loaded: what `load_pretrained` returns. items: [`Item`]. images: the folder of their images. Others: as
@@ -304,13 +318,14 @@ def extract(
     Raises:
         HaclError: a representation is not finite.
     """
-    extractor = Extractor(loaded, visual_bos, batch_size, workers)
+    extractor = Extractor(loaded, config, batch_size, workers)
     e_v, rows, failed = extractor.images(images, [item.image for item in items], label)
     kept = [items[row] for row in rows]
     texts = [item.caption for item in kept] + [text for item in kept for text in item.hallucinated]
     states = extractor.texts(texts, label) if texts else e_v
     llm = e_v, states[: len(kept)], states[len(kept) :]
-    spaces = {"llm": llm}
+    centre = llm[1].mean(0)
+    spaces = {"llm": llm, "centred": tuple(x - centre for x in llm)}
     head = getattr(loaded.model, "hacl_head", None)
     if head is not None and not isinstance(head.visual, torch.nn.Identity):
         with torch.no_grad():
@@ -353,7 +368,7 @@ def _read(path, digest):
         return None
     spaces = {
         space: tuple(get[f"{space}.{name}"] for name in ("image", "caption", "hallucinated"))
-        for space in ("llm", "head")
+        for space in ("llm", "centred", "head")
         if f"{space}.image" in get
     }
     skipped = about.pop("skipped")
@@ -368,7 +383,7 @@ def represent(
     images: str | os.PathLike,
     file: str | os.PathLike,
     *,
-    visual_bos: bool,
+    config: HaclConfig,
     label: str = "",
     options: dict[str, Any] | None = None,
     **how: Any,
@@ -378,7 +393,7 @@ def represent(
     Args:
         path: of the checkpoint, any that `load_pretrained` takes. base: the language model of a projector or a LoRA;
             of no account for a whole checkpoint. items, data_digest: from `sample_records`. images: their folder.
-        visual_bos, label, how: as `extract`. options: for `load_pretrained` (device, dtype, bits, vision_tower).
+        config, label, how: as `extract`. options: for `load_pretrained` (device, dtype, bits, vision_tower).
 
     Returns:
         (`Representations`, whether they were there already).
@@ -389,14 +404,17 @@ def represent(
     folder, options = local_folder(path), options or {}
     lora = (folder / "adapter_config.json").exists()
     base = local_folder(base) if base and (lora or not is_whole(folder)) else None
-    _, heads = hacl_settings(folder)
+    own, heads = hacl_settings(folder)
+    sequences = {"visual_bos": config.visual_bos, "representation": config.representation}
+    sequences |= {"prompt": config.prompt} if config.representation == "prompt" else {}
+    heads = heads and all(getattr(own, name) == value for name, value in sequences.items())
     made_from = {
         "format": _FORMAT,
         "data": data_digest,
         "images": [os.path.abspath(images), *_sizes(os.path.join(images, item.image) for item in items)],
         "checkpoint": digest_of(folder),
         "base": base and digest_of(base),
-        "visual_bos": visual_bos,
+        **sequences,
         "dtype": options.get("dtype"),
         "bits": options.get("bits"),
         "vision_tower": options.get("vision_tower"),
@@ -407,7 +425,7 @@ def represent(
         return found, True
     with contextlib.redirect_stdout(sys.stderr):
         loaded = load_pretrained(folder, base, hacl=heads, **options)
-    found = extract(loaded, items, images, visual_bos, label=label, **how)
+    found = extract(loaded, items, images, config, label=label, **how)
     if not len(found.index):
         raise DataError(f"{images}: none of {len(items)} images can be read; the first: {found.skipped[0]}")
     found.about |= {
@@ -415,7 +433,7 @@ def represent(
         "checkpoint": str(path),
         "checkpoint_digest": made_from["checkpoint"],
         "base": base and str(base),
-        "visual_bos": visual_bos,
+        **sequences,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "hidden_size": loaded.model.config.hidden_size,
         "model_type": loaded.model.config.model_type,

@@ -1,6 +1,7 @@
 """Representations equal training's, measures equal plain loops, and ``hacl-llava analyze`` writes what it promises."""
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -58,20 +59,25 @@ def projector_folder(mini, folder, scale=1.0, head=None, seed=3):
 # --- representations are those that training contrasts ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("visual_bos", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, {"visual_bos": False}, {"representation": "prompt", "prompt": "in one", "centre": True}], ids=str
+)
 @pytest.mark.parametrize("head_dim", [0, 16])
-def test_the_same_as_the_separate_passes_of_training(mini, visual_bos, head_dim, monkeypatch):
-    model, tokenizer = load(mini, fused=False, visual_bos=visual_bos, head_dim=head_dim)
+def test_the_same_as_the_separate_passes_of_training(mini, settings, head_dim, monkeypatch):
+    settings = {"fused": False, **settings}
+    model, tokenizer = load(mini, head_dim=head_dim, **settings)
+    config, S = HaclConfig(**settings), len(model.hacl_suffix)
     rows = range(7)  # with batches of 3: a last batch that is not full
     seen = {}
     contrast = type(model)._contrast
     monkeypatch.setattr(type(model), "_contrast", lambda self, *a: seen.update(v=a[1], text=a[2]) or contrast(self, *a))
-    model.eval()
     with torch.no_grad():
         model(**batch_of(mini, model, tokenizer, rows))
+    model.eval()
+    assert S == (1 if "prompt" not in settings else len(tokenizer.tokenize("in one")))
     items = items_of(mini)[:7]
     assert [item.index for item in items] == list(rows)
-    found = extract(as_loaded(model, tokenizer), items, mini.images, visual_bos, batch_size=3)
+    found = extract(as_loaded(model, tokenizer), items, mini.images, config, batch_size=3)
     v, t, h = found.spaces["llm"]
     assert v.shape == (7, 64) and h.shape == (14, 64) and v.dtype == np.float32
     text = torch.cat([torch.tensor(t), torch.tensor(h)])
@@ -83,12 +89,15 @@ def test_the_same_as_the_separate_passes_of_training(mini, visual_bos, head_dim,
         torch.testing.assert_close(torch.tensor(found.spaces["head"][0]), heads[0], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(torch.tensor(found.spaces["head"][2]), heads[1][7:], atol=2e-5, rtol=1e-4)
     else:
-        assert list(found.spaces) == ["llm"]
+        assert list(found.spaces) == ["llm", "centred"]
+    for raw, centred in zip((v, t, h), found.spaces["centred"]):
+        np.testing.assert_allclose(centred, raw - t.mean(0), atol=1e-5)
 
-    # controls: with BOS the other way, and with another token or none in place of EOS, it is something else
-    other = extract(as_loaded(model, tokenizer), items, mini.images, not visual_bos).spaces["llm"][0]
+    # controls: with BOS the other way, and with another last token or none, it is something else
+    turned = dataclasses.replace(config, visual_bos=not config.visual_bos)
+    other = extract(as_loaded(model, tokenizer), items, mini.images, turned).spaces["llm"][0]
     assert np.abs(other - v).max() > 1e-2
-    extractor = Extractor(as_loaded(model, tokenizer), visual_bos)
+    extractor = Extractor(as_loaded(model, tokenizer), config)
     extractor.visual_ids = [*extractor.visual_ids[:-1], 7]
     assert np.abs(extractor.images(mini.images, [item.image for item in items])[0].numpy() - v).max() > 1e-2
     monkeypatch.setattr(representations, "tokenize_caption", lambda *a: full(*a)[:-1])
@@ -138,7 +147,7 @@ def test_a_text_that_is_too_long_keeps_its_eos_and_is_counted(mini):
 
 def states(path, base, mini, file, **options):
     items, counts, _ = sample_records(mini.data, 6, 0)
-    return represent(path, base, items, counts["sha256"], mini.images, file, visual_bos=True, **options)[0]
+    return represent(path, base, items, counts["sha256"], mini.images, file, config=HaclConfig(), **options)[0]
 
 
 def close(a, b, atol=2e-4):
@@ -169,7 +178,7 @@ def test_heads_only_where_they_were_saved(mini, tmp_path):
     with_heads = projector_folder(mini, tmp_path / "heads", head={"head_dim": 8})
     without = projector_folder(mini, tmp_path / "none", head={"head_dim": 0})
     a, b = (states(path, mini.llm, mini, tmp_path / path.name[0]) for path in (with_heads, without))
-    assert list(b.spaces) == ["llm"] and close(a, b)
+    assert list(b.spaces) == ["llm", "centred"] and close(a, b)
     head = load_pretrained(with_heads, mini.llm, device="cpu", hacl=True).model.hacl_head
     with torch.no_grad():
         v, t, _ = head(torch.tensor(a.spaces["llm"][0]), torch.tensor(a.spaces["llm"][1]))
@@ -178,14 +187,19 @@ def test_heads_only_where_they_were_saved(mini, tmp_path):
     assert a.spaces["head"][0].shape[1] == 8 and not np.allclose(v, t, atol=0.1)
 
 
-def test_bos_is_as_the_checkpoints_were_trained(mini, tmp_path):
+def test_sequences_are_as_the_checkpoints_were_trained(mini, tmp_path):
     plain = projector_folder(mini, tmp_path / "plain")
     released = projector_folder(mini, tmp_path / "released", head={"head_dim": 0, "fused": False, "visual_bos": False})
     ours = projector_folder(mini, tmp_path / "ours", head={"head_dim": 0})
-    bos = representations.common_visual_bos
-    assert bos([plain]) and bos([plain, ours]) and not bos([plain, released])
+    prompted = projector_folder(mini, tmp_path / "prompted", head={"head_dim": 0, "representation": "prompt"})
+    config = representations.common_config
+    assert config([plain]).visual_bos and config([plain, ours]).visual_bos and not config([plain, released]).visual_bos
     with pytest.raises(HaclError, match="different visual_bos .*give --visual-bos"):
-        bos([ours, released])
+        config([ours, released])
+    assert config([plain, prompted]).representation == "prompt"
+    with pytest.raises(HaclError, match="different representation .*give --representation"):
+        config([ours, prompted])
+    assert config([ours, prompted], representation="prompt", prompt="so").prompt == "so"
 
 
 # --- which records ----------------------------------------------------------------------------------------------------
@@ -264,6 +278,12 @@ def loops(v, t, h, owner, captions, images):
                 wrong = [j for j in range(n) if j not in right and cos(queries[i], targets[j]) >= best - 1e-9]
                 hits += len(wrong) < k
             want[f"{name}_r{k}"] = hits / n
+    hits = []
+    for i in range(n):
+        others = [j for j in range(n) if captions[j] != captions[i]]
+        if any(images[j] == images[i] for j in others):
+            hits.append(images[max(others, key=lambda j: cos(T[i], T[j]))] == images[i])
+    want["caption_to_caption_r1"] = sum(hits) / len(hits)
     margins = [cos(V[owner[m]], T[owner[m]]) - cos(V[owner[m]], H[m]) for m in range(len(H))]
     want["closer_to_true"] = sum(x > 0 for x in margins) / len(H)
     with_any = sorted(set(owner.tolist()))
@@ -284,7 +304,9 @@ def test_measures_equal_loops(seed):
     h, owner = h[keep], owner[keep]
     captions = [f"c{i % 8}" for i in range(11)]  # repeated texts are right answers of each other
     images = [f"i{i % 9}" for i in range(11)]
+    t[9] = t[0] + 0.1 * t[9]  # captions of one image
     got, chance, _ = all_measures(v, t, h, owner, captions, images)
+    assert got["caption_to_caption_r1"] > 0
     want = loops(v, t, h, owner, captions, images)
     assert set(got) == set(want)
     for name in want:
@@ -331,7 +353,8 @@ def test_without_hallucinated_captions_the_rest_is_there():
     v, t, _, _ = features(np.random.default_rng(0))
     got, chance, _ = all_measures(v, t, np.zeros((0, 6)), np.zeros(0, dtype=int))
     missing = {name for name, x in got.items() if math.isnan(x)}
-    assert missing == {n for n in got if "hallucinated" in n or "closer" in n or "margin" in n}
+    one_caption = {"caption_to_caption_r1"}  # an image has no other
+    assert missing == one_caption | {n for n in got if "hallucinated" in n or "closer" in n or "margin" in n}
     assert "closer_to_true" not in chance
 
 
@@ -351,8 +374,8 @@ def test_turning_scaling_and_reordering_change_nothing(seed, n, k):
     place = np.argsort(order)
     shuffled, _, _ = all_measures(v[order], t[order], h[texts], place[owner[texts]], samples=2)
     for name in before:
-        assert after[name] == pytest.approx(before[name], abs=1e-7), name
-        assert shuffled[name] == pytest.approx(before[name], abs=1e-7), name
+        assert after[name] == pytest.approx(before[name], abs=1e-7, nan_ok=True), name
+        assert shuffled[name] == pytest.approx(before[name], abs=1e-7, nan_ok=True), name
     # control: a turn of the images alone is seen
     assert all_measures(v @ turn, t, h, owner, samples=2)[0]["alignment"] != pytest.approx(before["alignment"])
 
@@ -437,21 +460,22 @@ def test_files_numbers_and_pictures(mini, two, common, tmp_path, capsys, records
     assert run(*common, "--output", out) == 0
     analysis = json.loads((out / "analysis.json").read_text())
     assert [m["name"] for m in analysis["models"]] == ["plain", "hacl"]
-    assert [list(m["spaces"]) for m in analysis["models"]] == [["llm"], ["llm", "head"]]
+    assert [list(m["spaces"]) for m in analysis["models"]] == [["llm", "centred"], ["llm", "centred", "head"]]
     for model in analysis["models"]:
         for found in model["spaces"].values():
-            assert set(found["measures"]) == set(analyze.LABELS)
+            assert set(found["measures"]) == set(analyze.LABELS) - {"caption_to_caption_r1"}  # one caption an image
             assert len(found["measures"]["closer_to_true"]["interval"]) == 2
     assert analysis["data"]["used"] == 32 and analysis["data"]["hallucinated"] == 64
     assert analysis["visual_bos"] is True and analysis["provenance"]["versions"]["hacl_llava"]
     (comparison,) = analysis["comparisons"]
-    assert comparison["same_captions"] and list(comparison["spaces"]) == ["llm"]
+    assert comparison["same_captions"] and list(comparison["spaces"]) == ["llm", "centred"]
     a, b = (m["spaces"]["llm"]["measures"]["modality_gap"]["value"] for m in analysis["models"])
     assert comparison["spaces"]["llm"]["measures"]["modality_gap"]["difference"] == pytest.approx(b - a)
     assert a != pytest.approx(b, abs=1e-4)
     files = [figure["file"] for figure in analysis["figures"]]
-    want = ["pca.png", "tsne.png", "closer_to_true.png"]
-    assert files == want + ["pca_head.png", "tsne_head.png", "closer_to_true_head.png"]
+    assert files == [
+        f"{name}{space}.png" for space in ("", "_centred", "_head") for name in ("pca", "tsne", "closer_to_true")
+    ]
     for file in files:
         with Image.open(out / file) as image:
             assert image.width >= 700 and image.height >= 350
@@ -595,7 +619,8 @@ def test_data_without_hallucinated_captions_and_one_checkpoint(common, records, 
     out = tmp_path / "out"
     assert run(common[0], "--data", data, *common[4:], "--output", out, "--method", "pca") == 0
     found = json.loads((out / "analysis.json").read_text())
-    assert [figure["file"] for figure in found["figures"]] == ["pca.png"] and not found["comparisons"]
+    assert [figure["file"] for figure in found["figures"]] == ["pca.png", "pca_centred.png"]
+    assert not found["comparisons"]
     assert "closer_to_true" not in found["models"][0]["spaces"]["llm"]["measures"]
 
 
