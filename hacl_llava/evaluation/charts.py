@@ -107,6 +107,8 @@ def draw_evaluation(runs: Sequence[Run], tasks: Sequence[dict[str, Any]], path: 
         axis.tick_params(axis="x", labelsize=8)
     axes[-1][0].set_xlabel("value, 95% interval", fontsize=9)
     if made:
+        low, high = axes[-1][1].get_xlim()
+        axes[-1][1].set_xlim(min(low, -0.02), max(high, 0.02))  # where all are equal, rounding is not to fill the panel
         axes[-1][1].set_xlabel(f"difference from {_label(made[0]['a'])}, paired, 95% interval", fontsize=9)
     _legend(figure, handles)
     save(figure, path)

@@ -77,7 +77,7 @@ def _draw_points(out, space, title, models, methods, seed):
     same_width = len({x.spaces[space][0].shape[1] for *_, x in models}) == 1
     joint = same_width and (space == "llm" or len(models) == 1)
     axes = "fitted on all panels together" if joint else "fitted on each panel alone (axes not comparable)"
-    what = "last-layer states at EOS" if space == "llm" else "projected by the heads"
+    what = "projected by the heads" if space == "head" else "last-layer states"
     panels = []
     for name, numbers, x in models:
         v, t, h = map(unit, x.spaces[space])
