@@ -20,12 +20,12 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
-from .common.files import read_json, write_text
+from .common.files import write_text
 from .common.images import image_path, size_problem
 from .common.options import argument, option, whole
 from .config import HaclError, on_first_rank
@@ -43,6 +43,9 @@ from .records import (
     write_records,
 )
 
+if TYPE_CHECKING:  # it imports transformers, which a command line does when it runs
+    from .run import Run
+
 REMEDIES = {
     # errors
     "form": "bring the record into LLaVA's form, or remove it",
@@ -55,6 +58,7 @@ REMEDIES = {
     "unreadable": "replace the image by a whole one, or remove the record",
     "size": "scale or cut the image",
     "preprocess": "look at the record with the message of LLaVA's code",
+    "vocabulary": "give the tokenizer that the language model was made with",
     # warnings
     "id": "give each record an id of its own; training does not need them, messages do",
     "ignored image": "put <image> into the first question",
@@ -67,7 +71,8 @@ REMEDIES = {
     "masked": "repair the conversation: as it is, nothing is learnt from it",
     "appearance": "convert the image as it is meant to look (RGB, 8 bits, turned upright)",
 }
-ERRORS = tuple(REMEDIES)[:10]
+ERRORS = tuple(REMEDIES)[:11]
+PLAIN = ("plain", "v0_plain")  # templates of stage 1
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ODD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 _SPECIAL = re.compile(r"</?s>|<unk>")
@@ -312,69 +317,98 @@ class TokenCheck:
     Args:
         name: folder or hub id of the language model. version: of the template. max_length: tokens of the context.
         visual: tokens that an image takes of it; 0: not known. rows: of the model's embedding; 0: not known.
+        cache: folder of the hub's cache, None: the usual one.
 
     Raises:
-        HaclError: the tokenizer cannot be loaded.
+        HaclError: the tokenizer cannot be loaded, or has no token to pad with.
     """
 
-    def __init__(self, name: str, version: str, max_length: int, visual: int = 0, rows: int = 0) -> None:
+    def __init__(
+        self, name: str, version: str, max_length: int, visual: int = 0, rows: int = 0, cache: str | None = None
+    ) -> None:
         from . import compat  # noqa: F401  (before llava)
 
         # isort: split
         import llava.train.train as stock
         import transformers
 
-        from .data import ensure_pad
+        from . import data
+        from .common.weights import first_line
 
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, model_max_length=max_length, padding_side="right", use_fast=False
+                name, model_max_length=max_length, padding_side="right", use_fast=False, cache_dir=cache
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        except Exception as error:  # of a library for each kind of tokenizer
+            reason = first_line(error, 200)
             raise HaclError(f"{name}: its tokenizer cannot be loaded ({reason}); give the language model.") from None
         self.tokenizer.pad_token = self.tokenizer.unk_token
-        ensure_pad(self.tokenizer)
         templates = stock.conversation_lib.conv_templates
-        self.stock, self.template = stock, templates.get(version, templates["vicuna_v1"])
-        self.plain, self.max_length, self.visual, self.rows = version == "plain", max_length, visual, rows
+        self.stock, self.data, self.template = stock, data, templates.get(version, templates["vicuna_v1"])
+        self.version, self.max_length, self.visual, self.rows = version, max_length, visual, rows
+        self.plain = version in PLAIN
+        with self._under_template():
+            data.ready(self.tokenizer)
+            self.mends = data.loses_count(self.tokenizer)
         self.arguments = types.SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
+
+    @contextlib.contextmanager
+    def _under_template(self):
+        library = self.stock.conversation_lib
+        before, library.default_conversation = library.default_conversation, self.template
+        try:
+            yield
+        finally:
+            library.default_conversation = before
 
     def __call__(self, record: dict[str, Any]) -> list[tuple[str, str]]:
         """(kind, text) of what is wrong with it."""
-        library, with_image = self.stock.conversation_lib, "image" in record
-        before, library.default_conversation = library.default_conversation, self.template
-        source, printed, found = [[dict(turn) for turn in record["conversations"]]], io.StringIO(), []
+        if self.plain and "image" not in record:  # LLaVA cannot; the guarded dataset trains the answer alone
+            return []
         try:
-            if self.plain and not with_image:  # LLaVA cannot; the guarded dataset trains the answer alone
-                return found
-            with contextlib.redirect_stdout(printed):
-                if with_image:
-                    source = self.stock.preprocess_multimodal(source, self.arguments)
-                item = self.stock.preprocess(source, self.tokenizer, has_image=with_image)
-            ids, labelled = item["input_ids"][0], item["labels"][0] != self.stock.IGNORE_INDEX
-            if self.rows and int(ids.max()) >= self.rows:
-                found.append(("vocabulary", f"holds the token {int(ids.max())}, and the model has {self.rows} rows"))
-            if not labelled.any():
-                said = re.search("tokenization mismatch: [^(]*", printed.getvalue())
-                found.append(
-                    ("masked", f"is masked whole by LLaVA ({said.group().rstrip(' .') if said else 'no labels'})")
-                )
-            elif self.visual:
-                grown = (ids == self.stock.IMAGE_TOKEN_INDEX).cumsum(0) * (self.visual - 1)
-                first = int(labelled.nonzero()[0])
-                if first + int(grown[first]) >= self.max_length:
-                    room = f"a context of {self.max_length} tokens, of which its image takes {self.visual}"
-                    found.append(("masked", f"is cut before its answer: it has {room}"))
-            texts = hallucinated_captions(record) if self.plain else []
-            longest = max([len(item["input_ids"][0]), *(len(self.tokenizer(t).input_ids) + 1 for t in texts)])
-            if longest > self.max_length:
-                found.append(("long", f"has {longest} tokens and a context of {self.max_length}: it is cut"))
+            with self._under_template():
+                return list(self._findings(record, "image" in record))
         except Exception as error:
-            found.append(("preprocess", f"cannot be prepared ({type(error).__name__}: {error})"))
-        finally:
-            library.default_conversation = before
-        return found
+            return [("preprocess", f"cannot be prepared ({type(error).__name__}: {error})")]
+
+    def _findings(self, record, with_image):
+        source, printed = [[dict(turn) for turn in record["conversations"]]], io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            if with_image:
+                source = self.stock.preprocess_multimodal(source, self.arguments)
+            item = self.stock.preprocess(source, self.tokenizer, has_image=with_image)
+        ids, labels = item["input_ids"][0], item["labels"][0]
+        if self.mends:
+            mended = self.data.answers_only(ids, self.tokenizer, self.data.answers_in(record))
+            labels = labels if mended is None else mended
+        labelled = labels != self.stock.IGNORE_INDEX
+        if self.rows and int(ids.max()) >= self.rows:
+            yield "vocabulary", f"holds the token {int(ids.max())}, and the model has {self.rows} rows"
+        if not labelled.any():
+            said = re.search("tokenization mismatch: [^(]*", printed.getvalue())
+            yield "masked", f"is masked whole by LLaVA ({said.group().rstrip(' .') if said else 'no labels'})"
+        elif self.visual:
+            grown = (ids == self.stock.IMAGE_TOKEN_INDEX).cumsum(0) * (self.visual - 1)
+            first = int(labelled.nonzero()[0])
+            if first + int(grown[first]) >= self.max_length:
+                room = f"a context of {self.max_length} tokens, of which its image takes {self.visual}"
+                yield "masked", f"is cut before its answer: it has {room}"
+        texts = hallucinated_captions(record) if self.plain else []
+        longest = max([len(ids), *(len(self.tokenizer(t).input_ids) + 1 for t in texts)])
+        if longest > self.max_length:
+            yield "long", f"has {longest} tokens and a context of {self.max_length}: it is cut"
+
+    def advice(self) -> str:
+        """Which template to train with instead."""
+        family, templates = self.data.family_of(self.tokenizer), self.stock.conversation_lib.conv_templates
+        if family is None or templates.get(family.template) is self.template:
+            return f"Give the template that the tokenizer was made for (--version is {self.version})"
+        if family.template in templates:
+            return f"Give --version {family.template}, for the tokenizer is of {family.name} (it is {self.version})"
+        return (
+            f"The tokenizer's chat template is {family.name}'s, for which this LLaVA has none (--version is "
+            f"{self.version}): give a language model for whose template it has one"
+        )
 
 
 # --- a whole file -----------------------------------------------------------------------------------------------------
@@ -388,17 +422,18 @@ def find(
     full: bool = False,
     pad: bool = False,
     workers: int = 1,
-    tokenizer: tuple[str, str, int] | None = None,
+    tokenizer: tuple[Any, ...] | None = None,
     ids: bool = False,
     progress: bool = False,
+    images: bool = True,
 ) -> list[Finding]:
     """All findings of a list of records, by their order there.
 
     Args:
         records: as `records.stream_records` reads them. image_folder: what their images are relative to.
         plain, max_length: as in `text_findings`. full: open every image, on ``workers`` processes. pad: as in
-            `image_findings`. tokenizer: (name, version, max_length) for `TokenCheck`, or None. ids: look for duplicate
-            ids too. progress: show bars on stderr.
+            `image_findings`. tokenizer: arguments of `TokenCheck`, or None. ids: look for duplicate
+            ids too. progress: show bars on stderr. images: look for them.
 
     Returns:
         A list of `Finding`.
@@ -411,7 +446,7 @@ def find(
         found += [Finding(index, *f) for f in text_findings(record, plain, max_length)]
         if found and found[-1].index == index and found[-1].kind == "form":
             continue
-        if "image" in record:
+        if images and "image" in record:
             if finding := folders.finding(record["image"]):
                 found.append(Finding(index, *finding))
             elif full:
@@ -501,10 +536,10 @@ def refusal(path: str | os.PathLike, records: Sequence[Any], errors: Sequence[Fi
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
-def check_before_run(model: Any, data: Any, training: Any) -> None:
+def check_before_run(asked: "Run") -> None:
     """What ``--hacl_check_data`` and ``--hacl_bad_records`` say, before anything costly is loaded.
 
-    Every rank calls it. Sets on ``data``, for the dataset: ``hacl_bad_records``, the path of the list, and
+    Every rank calls it. Sets on ``asked.data``, for the dataset: ``hacl_bad_records``, the path of the list, and
     ``hacl_left_out``, indices of records that are not taken, the same on all ranks. A run that goes on from a
     checkpoint leaves out what it left out before, so that its order stays; what has gone bad since is masked.
 
@@ -513,12 +548,13 @@ def check_before_run(model: Any, data: Any, training: Any) -> None:
     """
     from .data import BadRecords, entry_of, read_records
 
+    model, data, training = asked.model, asked.data, asked.training
     run, path = data.hacl_run, data.data_path
     if not path:
-        raise DataError("--data_path is missing: give it a LLaVA-format json.")
-    records, plain = read_records(path), model.version == "plain"
-    if not data.image_folder and any(isinstance(r, dict) and "image" in r for r in records):
-        raise DataError(f"{path}: has images; give --image_folder, the folder that they are relative to.")
+        raise DataError(NO_DATA)
+    records, plain = read_records(path), model.version in PLAIN
+    if _lacks_folder(data, records):
+        raise DataError(f"{path}: {NO_FOLDER}.")
     output = Path(training.output_dir)
     listed = BadRecords(output / "bad_records.jsonl", run.max_failed)
     data.hacl_bad_records, data.hacl_left_out = listed.path, set()
@@ -541,7 +577,7 @@ def check_before_run(model: Any, data: Any, training: Any) -> None:
                 refused = refusal(path, records, errors)
             else:
                 bad = {f.index for f in errors}
-                refused = _without_labels(records, [i for i in range(len(records)) if i not in bad], model, training)
+                refused = _without_labels(records, [i for i in range(len(records)) if i not in bad], asked)
             for finding in reversed(errors):
                 problems[finding.index] = finding.text
             counts = collections.Counter(f.kind for f in found if f.severity == "warning")
@@ -566,15 +602,24 @@ def check_before_run(model: Any, data: Any, training: Any) -> None:
         listed.replace([entry_of(path, i, records[i], text, "start") for i, text in sorted(problems.items())])
 
 
+NO_DATA = "--data_path is missing: give it a LLaVA-format json."
+NO_FOLDER = "has images; give --image_folder, the folder that they are relative to"
 SAMPLE = 64  # records that are tokenized before a run
 
 
-def _without_labels(records, usable, model, training):
+def token_settings(run: "Run") -> tuple[str, str, int, int, int, str | None]:
+    """The arguments of `TokenCheck` for a run."""
+    config, vision = run.llm.config, run.vision
+    size, patch = vision.get("image_size"), vision.get("patch_size")
+    visual = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) and patch > 0 else 0
+    name, length = run.model.model_name_or_path, run.training.model_max_length
+    cache = getattr(run.training, "cache_dir", None)
+    return name, run.model.version, length, visual, config.get("vocab_size", 0), cache
+
+
+def _without_labels(records, usable, run):
     """The `DataError` for a run in which every record of a sample would be masked whole, or None; says the share."""
-    file = Path(model.model_name_or_path) / "config.json"
-    rows = read_json(file, expected=dict).get("vocab_size", 0) if file.exists() else 0
-    visual = visual_tokens(model.vision_tower)
-    check = TokenCheck(model.model_name_or_path, model.version, training.model_max_length, visual, rows)
+    check, model = TokenCheck(*token_settings(run)), run.model
     sample = [usable[i * len(usable) // SAMPLE] for i in range(SAMPLE)] if len(usable) > SAMPLE else usable
     found = [finding for i in sample for finding in check(records[i])]
     bad = [text for kind, text in found if kind in ("masked", "preprocess")]
@@ -583,26 +628,18 @@ def _without_labels(records, usable, model, training):
             f"a record {beyond}: the tokenizer of {model.model_name_or_path} is of a larger vocabulary; give the one "
             "that the model was made with."
         )
-    if not bad:
-        return None
-    if len(bad) < len(sample):
-        if on_first_rank():
+    misfits = sum("tokenization mismatch" in text or kind == "preprocess" for kind, text in found)
+    if not bad or len(bad) < len(sample) and 2 * misfits <= len(sample):
+        if bad and on_first_rank():
             print(f"HACL data: {len(bad)} of {len(sample)} records of a sample have no label; the first {bad[0]}.")
         return None
+    share = f"{len(bad)} of {len(sample)} records that were looked at have no label"
     return DataError(
-        f"none of {len(sample)} records that were looked at has a label: the first {bad[0]}. Nothing would be learnt. "
-        f"Give the template that the tokenizer was made for (--version is {model.version}), a language model with the "
-        f"tokenizer of that template, or a larger --model_max_length (it is {training.model_max_length})."
+        f"{share if len(bad) < len(sample) else f'none of {len(sample)} records that were looked at has a label'}: the "
+        f"first {bad[0]}. {'Little' if len(bad) < len(sample) else 'Nothing'} would be learnt. {check.advice()}, a "
+        "language model with the tokenizer of that template, or a larger --model_max_length (it is "
+        f"{run.training.model_max_length})."
     )
-
-
-def visual_tokens(tower: str | None) -> int:
-    """How many tokens LLaVA makes of an image by a CLIP vision tower, by its config.json; 0 where that is not known."""
-    file = Path(tower or "") / "config.json"
-    config = read_json(file, expected=dict) if tower and file.exists() else {}
-    config = config.get("vision_config", config)
-    size, patch = config.get("image_size"), config.get("patch_size")
-    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) and patch > 0 else 0
 
 
 def _of_all_ranks(problems, refused):
@@ -627,11 +664,18 @@ class CheckDataOptions:
     """whether a json and its images can be trained on, and what is odd about them
 
     Look at every record and every image of a LLaVA-format json ahead of training: what would end a run, and what would
-    be trained on in another way than it was meant. Exit status 0: fine, 1: some records cannot be used, 2: the data
-    cannot be looked at.
+    be trained on in another way than it was meant; with --run, at all that a training is given. Exit status 0: fine, 1:
+    some records cannot be used, 2: the data cannot be looked at, or the training would be refused.
     """
 
-    json: str = argument("LLaVA-format json or json lines, .gz or not", metavar="JSON")
+    json: str | None = argument("LLaVA-format json or json lines, .gz or not", metavar="JSON", nargs="?")
+    training: list[str] | None = option(
+        "last, and in place of JSON: look at a whole training. What follows are its own arguments, as in --run "
+        "scripts/pretrain_hacl.py --model_name_or_path ... (the script may be left out); LLM, tower, tokenizer, "
+        "template, projector, folders and data are checked as the training does it, and every problem is named",
+        flag="--run",
+        nargs="...",
+    )
     workers: int | None = option("processes that open images and tokenize (default: cores)", type=whole, metavar="N")
     images: str | None = _images("folder that the records' images are relative to (--image_folder)", metavar="DIR")
     fast: bool = _images("do not open the images; only see whether they are there", False)
@@ -643,37 +687,64 @@ class CheckDataOptions:
     write: str | None = _written("write the records that can be used (.json, .jsonl, .gz by its name)", metavar="FILE")
 
 
-def run(options: CheckDataOptions) -> int:
-    """Look, print, write; returns 0, or 1 where a record cannot be used. HaclError: the data cannot be looked at."""
-    start, plain, folder = time.time(), options.version == "plain", options.images
-    if options.write and os.path.realpath(options.write) == os.path.realpath(options.json):
+def run(options: CheckDataOptions, training: "Run | None" = None, problems: Sequence[str] = ()) -> int:
+    """Look, print, write.
+
+    Args:
+        options: the command line. training: whose data is looked at, in place of what ``options`` says of the data.
+        problems: of that training.
+
+    Returns:
+        0 where every record can be used, 1 where some cannot, 2 where the training would be refused. HaclError, for
+        which the command line's exit status is 2, says that the data cannot be looked at.
+    """
+    start, problems = time.time(), list(problems)
+    options = options if training is None else _of_training(options, training)
+    plain = options.version in PLAIN
+    if options.write and os.path.realpath(options.write) == os.path.realpath(options.json or ""):
         raise HaclError(f"--write {options.write}: is the file that is read; give another name.")
-    if folder and not os.path.isdir(folder):
-        raise HaclError(f"--images {folder}: is no folder; give the one that the records' images are relative to.")
-    records = list_records(options.json)
-    pad = options.image_aspect_ratio == "pad" if options.image_aspect_ratio else not plain
+    there = not options.images or os.path.isdir(options.images)
+    if training is None and not there:
+        raise HaclError(f"--images {options.images}: is no folder; give the one that the records' images are relative to.")
+    tokenizer = (options.tokenizer, options.version, options.max_length) if options.tokenizer else None
+    records, pad = [], options.image_aspect_ratio == "pad" if options.image_aspect_ratio else not plain
+    try:
+        if not options.json:
+            raise DataError(NO_DATA)
+        records = list_records(options.json)
+        if training is not None:
+            tokenizer = _tokens_of(training, records, problems)
+            there = there and not _lacks_folder(training.data, records)
+    except HaclError as error:
+        if training is None:
+            raise
+        problems.append(str(error))
     found = find(
         records,
-        folder,
+        options.images,
         plain,
         options.max_length,
         full=not options.fast,
         pad=pad,
         workers=options.workers or cores(),
-        tokenizer=(options.tokenizer, options.version, options.max_length) if options.tokenizer else None,
+        tokenizer=tokenizer,
         ids=True,
         progress=True,
+        images=there,
     )
     bad = {f.index for f in found if f.severity == "error"}
+    if records and tokenizer and training is not None and (refused := _nothing_to_learn(records, bad, training)):
+        problems.append(refused)
     counts = collections.Counter(f.kind for f in found)
     report = {
         "file": options.json,
-        "image_folder": folder,
+        "image_folder": options.images,
         "version": options.version,
         "image_aspect_ratio": "pad" if pad else "square",
         "max_length": options.max_length,
         "tokenizer": options.tokenizer,
-        "images_opened": not options.fast,
+        "images_opened": there and not options.fast,
+        "problems": problems,
         "records": len(records),
         "usable": len(records) - len(bad),
         "errors": {kind: counts[kind] for kind in REMEDIES if counts[kind] and kind in ERRORS},
@@ -696,15 +767,48 @@ def run(options: CheckDataOptions) -> int:
             print(f"\n{options.write}: written, {len(records) - len(bad)} records.")
     except OSError as error:
         raise HaclError(f"{error.filename or options.output}: cannot be written ({error.strerror}).") from None
-    return 1 if bad else 0
+    return 2 if problems else 1 if bad else 0
+
+
+def _of_training(options, run):
+    """The command line's options with what a run's own arguments say of its data."""
+    data = {"json": run.data.data_path, "images": run.data.image_folder, "version": run.model.version}
+    more = {"tokenizer": run.model.model_name_or_path, "max_length": run.training.model_max_length}
+    return replace(options, **data, **more, image_aspect_ratio=run.data.image_aspect_ratio)
+
+
+def _tokens_of(run, records, problems):
+    """The arguments of `TokenCheck`, None where there is no tokenizer to be had; adds to ``problems``."""
+    if _lacks_folder(run.data, records):
+        problems.append(f"{run.data.data_path}: {NO_FOLDER}.")
+    settings = token_settings(run)
+    try:
+        TokenCheck(*settings)
+    except HaclError as error:
+        problems.append(str(error))
+        return None
+    return settings
+
+
+def _lacks_folder(data, records):
+    return not data.image_folder and any(isinstance(r, dict) and "image" in r for r in records)
+
+
+def _nothing_to_learn(records, bad, run):
+    """Why a run would be refused for what its records hold, or None."""
+    if len(bad) == len(records):
+        return f"{run.data.data_path}: none of its {len(records)} records can be used."
+    refused = _without_labels(records, [i for i in range(len(records)) if i not in bad], run)
+    return refused and str(refused)
 
 
 def _page(report, records, found, examples=5):
     """The report as Markdown: what was found, by kind, with the first records of each and what to do."""
     opened = "every image was opened" if report["images_opened"] else "images were looked for, not opened"
-    lines = [
-        f"# {report['file']}",
-        "",
+    lines = [f"# {report['file']}", ""]
+    if report["problems"]:
+        lines += ["## the run would be refused", "", *(f"- {problem}" for problem in report["problems"]), ""]
+    lines += [
         f"{report['records']:,} records for the template {report['version']}; {opened}. "
         f"**{report['usable']:,} can be used, {report['records'] - report['usable']:,} cannot.**",
     ]

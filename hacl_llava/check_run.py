@@ -7,35 +7,16 @@ Each check is a function of the run to what is wrong and what to do, or None. A 
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
-from .common.weights import CheckpointError, Weights, is_whole, read_json
+from .common.weights import CheckpointError, Weights, is_whole
 from .compat import STATE_FILE
-from .config import HaclConfig, HaclError
-from .resume import MANIFEST, broken, checkpoints, ranks_of
-
-
-class Run(NamedTuple):
-    """What LLaVA's train() was called with: its three groups of arguments, parsed.
-
-    ``stage``: 1 or 2 by the script; None: LLaVA's own script with ``--use_hacl``.
-    """
-
-    model: Any
-    data: Any
-    training: Any
-    stage: int | None = None
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        """Those that training would not pass over, and those that hold a projector alone."""
-        found = checkpoints(self.training.output_dir)
-        return [p for p in found if not broken(p) or not (p / MANIFEST).exists() and any(p.glob("*.bin"))]
-
+from .config import HaclConfig, HaclError, on_first_rank
+from .resume import ranks_of
+from .run import Run
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -74,25 +55,47 @@ def vision_tower(run: Run) -> str | None:
     return None
 
 
+def template(run: Run) -> str | None:
+    """``--version`` has to be a template: LLaVA's train() takes vicuna_v1 for one that it does not know."""
+    from llava.conversation import conv_templates
+
+    known = sorted({*conv_templates, "v0.5"})
+    if run.model.version in known:
+        return None
+    return (
+        f"--version {run.model.version}: is no template of this LLaVA, which would train vicuna_v1 in its place; "
+        f"allowed are: {', '.join(known)}."
+    )
+
+
 def name_of_an_mpt_model(run: Run) -> str | None:
     """LLaVA's train() chooses the model's class by a part of its name."""
-    if run.model.use_hacl and "mpt" in run.model.model_name_or_path:
+    name = run.model.model_name_or_path
+    if "mpt" in name and (run.model.vision_tower is not None or run.model.use_hacl):
         return (
-            f"--model_name_or_path {run.model.model_name_or_path}: LLaVA takes a name with 'mpt' in it for an MPT "
-            "model, and HACL is for Llama-family models; give the folder another name."
+            f"--model_name_or_path {name}: LLaVA takes a name with 'mpt' in it for an MPT model, and trained here are "
+            "Llama- and Mistral-shaped ones alone; give the folder another name, or a link to it."
         )
     return None
 
 
 def processes(run: Run) -> str | None:
     """Ways to start that HACL, or the saving of stage 1, cannot take."""
-    if run.model.use_hacl and run.training.n_gpu > 1:
+    if run.model.use_hacl and run.training.n_gpu > 1 and not run.rehearsed:
         return (
             f"one process was started for {run.training.n_gpu} GPUs, which torch's DataParallel would share batches "
             "out to; start one a GPU: deepspeed, torchrun, or CUDA_VISIBLE_DEVICES=0 for one GPU."
         )
     if run.model.tune_mm_mlp_adapter and (run.training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         return "stage 1 under FSDP cannot be saved; give --deepspeed zero_configs/zero2.json instead."
+    return None
+
+
+def deepspeed_config(run: Run) -> str | None:
+    """A file, where one is given."""
+    file = run.training.deepspeed
+    if isinstance(file, str) and file and not file.lstrip().startswith("{") and not Path(file).is_file():
+        return f"--deepspeed {file}: is no file; give a configuration, as zero_configs/zero2.json."
     return None
 
 
@@ -105,29 +108,23 @@ _BESIDE = ("mm_projector.", "vision_tower.", "rotary_emb.inv_freq", "image_newli
 def language_model(run: Run) -> str | None:
     """``--model_name_or_path`` has to be a whole Llama-shaped model. transformers fills what a file lacks, or what has
     other names, with random numbers and a warning."""
-    folder = Path(run.model.model_name_or_path)
-    if not folder.is_dir():  # a name on the hub
-        return None
-    if (folder / "adapter_config.json").exists() and not is_whole(folder):
+    flag, part = f"--model_name_or_path {run.llm.name}", run.llm
+    if part.folder and (part.folder / "adapter_config.json").exists() and not is_whole(part.folder):
         return (
-            f"--model_name_or_path {folder}: is a LoRA and no whole model; merge it first: hacl-llava export {folder} "
-            "TARGET --to llava --base LLM."
+            f"{flag}: is a LoRA and no whole model; merge it first: hacl-llava export {part.name} TARGET --to llava "
+            "--base LLM."
         )
-    if not (folder / "config.json").exists():
-        return f"--model_name_or_path {folder}: has no config.json; give the folder of a language model."
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if "text_config" in config:
+    if problem := _not_there(flag, part, "the folder of a language model"):
+        return problem
+    config, kind = part.config, part.config.get("model_type")
+    if "text_config" in config and kind in ("llava", "llava_next"):
         return (
-            f"--model_name_or_path {folder}: is in Hugging Face's format; convert it first: hacl-llava export {folder} "
-            "TARGET --to llava."
+            f"{flag}: is in Hugging Face's format; convert it first: hacl-llava export {part.name} TARGET --to llava."
         )
-    if kind == "mpt" and "mpt" in str(folder) and not run.model.use_hacl:  # LLaVA's own class for it
-        return None
-    if kind not in LLAMA_SHAPED:
+    if config and kind not in LLAMA_SHAPED:
         return (
-            f"--model_name_or_path {folder}: is of the type {kind!r}, of which LLaVA's train() would make a Llama with "
-            "random weights; give a Llama-shaped model (Llama, Vicuna, Mistral, TinyLlama)."
+            f"{flag}: is of the type {kind!r}, of which LLaVA's train() would make a Llama with random weights; give a "
+            "Llama-shaped model (Llama, Vicuna, Mistral, TinyLlama)."
         )
 
     def expected():
@@ -138,43 +135,57 @@ def language_model(run: Run) -> str | None:
         return {k: v for k, v in found.items() if k != "lm_head.weight" or not config.get("tie_word_embeddings")}
 
     tied = ("lm_head.",) if config.get("tie_word_embeddings") else ()  # it may be there all the same
-    return _misfit("--model_name_or_path", folder, expected, (*_BESIDE, *tied))
+    return _misfit(flag, part, expected, (*_BESIDE, *tied))
 
 
 def tower(run: Run) -> str | None:
     """``--vision_tower`` has to be a whole CLIP vision model, whole CLIP or its vision part."""
-    folder = Path(run.model.vision_tower or "")
-    if run.model.vision_tower is None or not folder.is_dir():
+    part = run.tower
+    if part is None:
         return None
-    if not (folder / "config.json").exists():
-        return f"--vision_tower {folder}: has no config.json; give the folder of a CLIP vision model."
-    config = read_json(folder / "config.json")
-    if config.get("model_type") not in ("clip", "clip_vision_model"):
+    flag = f"--vision_tower {part.name}"
+    if problem := _not_there(flag, part, "the folder of a CLIP vision model"):
+        return problem
+    kind = part.config.get("model_type")
+    if part.config and kind not in ("clip", "clip_vision_model"):
         return (
-            f"--vision_tower {folder}: is of the type {config.get('model_type')!r}, of which LLaVA would make a CLIP "
-            "model with random weights; give a CLIP model, as openai/clip-vit-large-patch14-336."
+            f"{flag}: is of the type {kind!r}, of which LLaVA would make a CLIP model with random weights; give a CLIP "
+            "model, as openai/clip-vit-large-patch14-336."
         )
 
     def expected():
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        found = CLIPVisionModel(CLIPVisionConfig(**config.get("vision_config", config))).state_dict()
+        found = CLIPVisionModel(CLIPVisionConfig(**run.vision)).state_dict()
         return {k: v for k, v in found.items() if "position_ids" not in k}
 
-    return _misfit("--vision_tower", folder, expected, None)
+    return _misfit(flag, part, expected, None)
 
 
-def _misfit(flag, folder, expected, beside):
-    """What a folder's tensors lack of those that its config.json asks for, or have besides.
+def _not_there(flag, part, what):
+    """A part that cannot be found; says what of one on the hub is not looked at."""
+    if part.unseen and on_first_rank():
+        print(f"HACL: {flag}: not checked, for it {part.unseen}.")
+    if part.problem:
+        return f"{flag}: {part.problem}."
+    if part.folder and not part.config:
+        return f"{flag}: has no config.json; give {what}."
+    return None
+
+
+def _misfit(flag, part, expected, beside):
+    """What a part's tensors lack of those that its config.json asks for, or have besides.
 
     ``expected``: makes {name: tensor}; ``beside``: parts of names that may be there too, None: any.
     """
     try:
-        weights = Weights(folder)
+        weights = part.weights
+        if weights is None:
+            return None
         with torch.device("meta"):
             wanted = expected()
     except CheckpointError as error:
-        return f"{flag} {error}"
+        return f"{flag.split()[0]} {error}"
     except Exception:  # a config that this transformers does not take: loading says so itself
         return None
 
@@ -187,17 +198,19 @@ def _misfit(flag, folder, expected, beside):
     again = "copy all files of the model again, and leave config.json as it is"
     if missing:
         return (
-            f"{flag} {folder}: lacks {len(missing)} tensors that its config.json asks for, as {missing[0]!r}, which "
-            f"would be random numbers; {again}."
+            f"{flag}: lacks {len(missing)} tensors that its config.json asks for, as {missing[0]!r}, which would be "
+            f"random numbers; {again}."
         )
     if more:
-        return (
-            f"{flag} {folder}: holds {len(more)} tensors that its config.json does not know, as {more[0]!r}; {again}."
-        )
+        return f"{flag}: holds {len(more)} tensors that its config.json does not know, as {more[0]!r}; {again}."
     for name, tensor in wanted.items():
-        if (got := weights.shape(stored[short(name)])) != tuple(tensor.shape):
+        try:
+            got = weights.shape(stored[short(name)])
+        except CheckpointError as error:  # a shard that is cut, or that is not what the index says
+            return f"{flag.split()[0]} {error}"
+        if got not in (None, tuple(tensor.shape)):
             asked = f"its config.json asks for {list(tensor.shape)}"
-            return f"{flag} {folder}: {name!r} has the shape {list(got)}, {asked}; {again}."
+            return f"{flag}: {name!r} has the shape {list(got)}, {asked}; {again}."
     return None
 
 
@@ -206,8 +219,7 @@ def _misfit(flag, folder, expected, beside):
 
 def projector(run: Run) -> str | None:
     """``--pretrain_mm_mlp_adapter`` has to be a projector, and to fit the language model."""
-    path, folder = run.model.pretrain_mm_mlp_adapter, Path(run.model.model_name_or_path)
-    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    path, config = run.model.pretrain_mm_mlp_adapter, run.llm.config
     if path is None:
         if run.stage == 2 and config and "mm_vision_tower" not in config:
             warnings.warn(
@@ -238,12 +250,10 @@ def projector(run: Run) -> str | None:
     width, features = weights.shape(linear[-1])[0], weights.shape(linear[0])[-1]
     if config and width != config.get("hidden_size", width):
         return (
-            f"{path}: projects to {width} features, {folder} has the hidden_size {config['hidden_size']}; give the "
-            "language model that stage 1 was run with."
+            f"{path}: projects to {width} features, {run.llm.name} has the hidden_size {config['hidden_size']}; give "
+            "the language model that stage 1 was run with."
         )
-    file = Path(run.model.vision_tower or "") / "config.json"
-    found = read_json(file) if run.model.vision_tower and file.exists() else {}
-    given = found.get("vision_config", found).get("hidden_size", features)
+    given = run.vision.get("hidden_size", features)
     if given != features:
         return (
             f"{path}: takes {features} features of a patch, --vision_tower {run.model.vision_tower} gives {given}; "
@@ -308,7 +318,7 @@ def earlier_stage2(run: Run) -> str | None:
         if run.training.deepspeed and not of_engine:
             return f"{folder}: was saved without DeepSpeed; leave --deepspeed out, or give another --output_dir."
         ranks, now = ranks_of(folder), int(os.environ.get("WORLD_SIZE", 1))
-        if run.training.deepspeed and ranks not in (None, now):
+        if run.training.deepspeed and ranks not in (None, now) and not run.rehearsed:
             return (
                 f"{folder}: was saved by {ranks} ranks, of which DeepSpeed keeps a part each, and this run has {now}. "
                 f"Start {ranks} to go on, or give another --output_dir."
@@ -317,10 +327,21 @@ def earlier_stage2(run: Run) -> str | None:
 
 
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
-    *(settings, stage, vision_tower, name_of_an_mpt_model, processes),
+    *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config),
     *(language_model, tower, projector),
     *(image_folder, output_folder, earlier_stage1, earlier_stage2),
 )
+
+
+def problems(run: Run) -> Iterator[str]:
+    """What each of `CHECKS` finds, with what to do."""
+    for check in CHECKS:
+        try:
+            problem = check(run)
+        except HaclError as error:  # a file that two checks read is damaged
+            problem = str(error)
+        if problem:
+            yield problem
 
 
 def check_run(run: Run) -> None:
@@ -329,6 +350,5 @@ def check_run(run: Run) -> None:
     Raises:
         HaclError: the first that finds something.
     """
-    for check in CHECKS:
-        if problem := check(run):
-            raise HaclError(problem)
+    for problem in problems(run):
+        raise HaclError(problem)

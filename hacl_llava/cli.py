@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__, check_data, demo, patching
+from . import __version__, check_command, demo, patching
 from .checkpoints import command as checkpoints
 from .common.options import add_options
 from .config import HaclError
@@ -69,7 +69,7 @@ COMMANDS: dict[str, Callable[[Any], int]] = {
     "env": env,
     "patch": patching.run,
     "hallucinate": hallucinate.run,
-    "check-data": check_data.run,
+    "check-data": check_command.run,
     "analyze": analyze.run,
     "report": report.run,
     "export": checkpoints.export,

@@ -1,11 +1,13 @@
 """LLaVA's dataset and collator, plus the captions that HACL contrasts."""
 
+import contextlib
 import functools
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -162,6 +164,88 @@ def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return f"the tokenizer has no <unk> to pad rows with, so {best[0]!r} does"
 
 
+class Family(NamedTuple):
+    """How a language model was taught to talk: its name, and LLaVA's template for it, which this LLaVA may lack."""
+
+    name: str
+    template: str
+
+
+FAMILIES = {  # by what stands in the tokenizer's chat template; the first decides
+    "<|im_start|>": Family("ChatML", "chatml_direct"),
+    "<|start_header_id|>": Family("Llama-3", "llava_llama_3"),
+    "<\uff5cUser\uff5c>": Family("DeepSeek", "deepseek"),
+    "<|user|>": Family("Zephyr", "zephyr"),
+    "<<SYS>>": Family("Llama-2", "llava_llama_2"),
+    "[INST]": Family("Mistral", "mistral_instruct"),
+}
+
+
+def family_of(tokenizer: PreTrainedTokenizerBase) -> Family | None:
+    """What a tokenizer's chat template is of; None where it has none, or one of no mark."""
+    own = str(tokenizer.chat_template or "")
+    return next((family for mark, family in FAMILIES.items() if mark in own), None)
+
+
+def answers_only(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase, answers: int) -> torch.Tensor | None:
+    """Labels of a conversation in a template of ChatML's kind, by the tokens around its answers.
+
+    For tokenizers for which LLaVA's preprocess_mpt loses count and masks every row: it takes the BOS of each round for
+    the separator after it, and most of today's add none.
+
+    Args:
+        ids: [n]. answers: how many there are in the conversation.
+
+    Returns:
+        [n], an answer and what ends it, IGNORE_INDEX elsewhere; None where its tokens do not tell.
+    """
+    conv = stock.conversation_lib.default_conversation
+    head, end = (tokenizer(text, add_special_tokens=False).input_ids for text in (conv.roles[1], conv.sep))
+    row, labels = ids.tolist(), torch.full_like(ids, stock.IGNORE_INDEX)
+    starts = [i + len(head) for i in range(len(row)) if row[i : i + len(head)] == head]
+    cut = len(row) >= tokenizer.model_max_length
+    if len(end) != 1 or len(starts) > answers or len(starts) < answers and not cut:
+        return None
+    for start in starts:
+        stop = row.index(end[0], start) + 1 if end[0] in row[start:] else len(row)
+        labels[start:stop] = ids[start:stop]
+    return labels
+
+
+_PROBE = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A ring."}]
+
+
+def answers_in(record: dict[str, Any]) -> int:
+    """How many answers a conversation has; LLaVA passes over one that comes first."""
+    return sum(turn["from"] == "gpt" for turn in record["conversations"][1:])
+
+
+def loses_count(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether LLaVA masks every conversation in a template of ChatML's kind, with this tokenizer."""
+    if not _is_mpt():
+        return False
+    with contextlib.redirect_stdout(io.StringIO()):
+        labels = stock.preprocess([_PROBE], tokenizer, has_image=True)["labels"]
+    return not (labels[0] != stock.IGNORE_INDEX).any()
+
+
+def ready(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give a tokenizer of today what LLaVA's code takes for granted.
+
+    Returns:
+        What was done.
+
+    Raises:
+        DataError: there is no token to pad with.
+    """
+    done = [ensure_pad(tokenizer)]
+    if not hasattr(tokenizer, "legacy"):  # asked for by the template v1, of every tokenizer
+        tokenizer.legacy = not _is_mpt()
+    if loses_count(tokenizer):
+        done.append("LLaVA loses count of this tokenizer's tokens, so answers are found by the tokens around them")
+    return [note for note in done if note]
+
+
 class GuardedDataset(stock.LazySupervisedDataset):
     """LLaVA's dataset, bit for bit on records that can be used; one that cannot becomes a masked row.
 
@@ -185,6 +269,7 @@ class GuardedDataset(stock.LazySupervisedDataset):
         run = getattr(data_args, "hacl_run", None) or RunSettings()
         self.bad_records = BadRecords(path, run.max_failed) if path else None
         self._read = self._lost = 0  # by this process
+        self._mends = loses_count(tokenizer)
         if left_out and on_first_rank():
             print(f"HACL data: {len(left_out)} of {len(records)} records are left out, listed in {path}.")
 
@@ -221,6 +306,9 @@ class GuardedDataset(stock.LazySupervisedDataset):
                 if problem := size_problem(*image.size, self.data_args.image_aspect_ratio == "pad"):
                     raise DataError(f"has the image {path}, {problem}")
         item = super().__getitem__(i)
+        if self._mends:
+            labels = answers_only(item["input_ids"], self.tokenizer, answers_in(record))
+            item["labels"] = item["labels"] if labels is None else labels
         images = int((item["input_ids"] == stock.IMAGE_TOKEN_INDEX).sum())
         if images > 1:  # each would take the image of another row
             raise DataError(f"has {images} <image> in its conversation and one image")
@@ -325,6 +413,11 @@ def _is_plain():
     return conversation.default_conversation.sep_style == conversation.SeparatorStyle.PLAIN
 
 
+def _is_mpt():
+    conversation = stock.conversation_lib
+    return conversation.default_conversation.sep_style == conversation.SeparatorStyle.MPT
+
+
 class HaclCollator:
     """LLaVA's collator, and ``texts``: the batch's captions, then its hallucinated captions, as `packing.PackedTexts`.
 
@@ -353,14 +446,14 @@ class WithRecordIndices:
         return batch
 
 
-def _say(note):
-    if note and on_first_rank():
+def _say(notes):
+    for note in notes if on_first_rank() else ():
         print(f"HACL data: {note}.")
 
 
 def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) -> dict[str, Any]:
     """In place of LLaVA's `make_supervised_data_module`: dataset, collator, and no evaluation set."""
-    _say(ensure_pad(tokenizer))
+    _say(ready(tokenizer))
     dataset = HaclDataset(data_args.data_path, tokenizer, data_args)
     collator = WithRecordIndices(HaclCollator(tokenizer))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
@@ -368,7 +461,7 @@ def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) ->
 
 def make_plain_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) -> dict[str, Any]:
     """The same without HACL: LLaVA's own batches, and ``record_indices``."""
-    _say(ensure_pad(tokenizer))
+    _say(ready(tokenizer))
     dataset = GuardedDataset(data_args.data_path, tokenizer, data_args)
     collator = WithRecordIndices(stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

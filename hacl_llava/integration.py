@@ -4,7 +4,10 @@ This module is imported at the head of a patched llava/train/train.py, before LL
 done its work by then; whatever itself imports llava.train.train waits for `install`.
 """
 
+import argparse
 import dataclasses
+import types
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +15,10 @@ import transformers
 
 from . import compat
 from .check_data import check_before_run
-from .check_run import Run, check_run
-from .config import HaclConfig, RunSettings, hacl_argument_fields, on_first_rank, preset_in
+from .check_run import check_run
+from .config import HaclConfig, HaclError, RunSettings, hacl_argument_fields, on_first_rank, preset_in
 from .resume import SIGNALS, check_folder, lock_folder
+from .run import Run
 
 NAMES = ("ModelArguments", "LlavaLlamaForCausalLM", "LLaVATrainer", "make_supervised_data_module")
 SAVING = (
@@ -83,7 +87,50 @@ def install(namespace: dict[str, Any], use_hacl: bool = False, stage: int | None
     def choose(model_arguments):
         namespace.update({name: (hacl if model_arguments.use_hacl else plain)[name] for name in hacl})
 
-    namespace.update(hacl, ModelArguments=_arguments(stock, use_hacl, choose, stage))
+    namespace.update(hacl, ModelArguments=_arguments(stock, use_hacl, **_starting(choose, stage)))
+
+
+def run_of(argv: Sequence[str]) -> Run:
+    """A training by its command line, to be looked at: nothing is checked, loaded or written.
+
+    Args:
+        argv: its script (``scripts/finetune_hacl.py``), which may be left out, and its arguments.
+
+    Raises:
+        HaclError: they are none that LLaVA's train() or HACL know.
+    """
+    import llava.train.train as stock
+
+    scripts = [i for i, word in enumerate(argv) if word.endswith(".py") or word == "hacl_llava.train"]
+    script, argv = (argv[scripts[-1]], argv[scripts[-1] + 1 :]) if scripts else ("", argv)
+    first = _parser(argparse.ArgumentParser, add_help=False, allow_abbrev=False)
+    for name in ("tune_mm_mlp_adapter", "version"):
+        first.add_argument(f"--{name}")
+    known, _ = first.parse_known_args(argv)
+    on = str(known.tune_mm_mlp_adapter).lower() in ("true", "1", "yes", "y", "t")
+    stage = 2 if "finetune" in script else 1 if script or on or known.version == "plain" else 2
+    first = _parser(argparse.ArgumentParser, add_help=False, allow_abbrev=False)
+    for name in ("deepspeed", "local_rank", "fp16", "tf32"):  # which would start its engine, or ask for a GPU
+        first.add_argument(f"--{name}", nargs="?")
+    known, rest = first.parse_known_args(argv)
+    own = _arguments(vars(stock).get(_STOCK, vars(stock)), stage == 1)
+    parser = _parser(transformers.HfArgumentParser, (own, stock.DataArguments, stock.TrainingArguments))
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(rest)
+    except HaclError as error:
+        raise HaclError(f"--run: {error}; give the arguments of a training, as its script takes them.") from None
+    training = types.SimpleNamespace(**{**vars(training), "deepspeed": known.deepspeed, "n_gpu": 1})
+    data.hacl_run = RunSettings.from_arguments(model)
+    return Run(model, data, training, stage, rehearsed=True)
+
+
+def _parser(kind, *args, **options):
+    def refuse(message):
+        raise HaclError(message)
+
+    parser = kind(*args, **options)
+    parser.error = refuse
+    return parser
 
 
 def uninstall(namespace: dict[str, Any]) -> None:
@@ -91,8 +138,8 @@ def uninstall(namespace: dict[str, Any]) -> None:
     namespace.update(namespace.pop(_STOCK, {}))
 
 
-def _arguments(stock, use_hacl, choose, stage):
-    """LLaVA's ModelArguments with HACL's flags, which check what they are given.
+def _starting(choose, stage):
+    """Methods of ModelArguments with which a training checks what it is given, before it loads anything.
 
     ``choose`` is called with the parsed model arguments, before train() looks up anything else.
     """
@@ -106,19 +153,26 @@ def _arguments(stock, use_hacl, choose, stage):
         # compat's parser calls this with all three; nothing is loaded yet.
         _, data, training = arguments
         data.hacl_run = training.hacl_run = RunSettings.from_arguments(model)
+        training.hacl_version = None if model.tune_mm_mlp_adapter else model.version
         if model.use_hacl:
             if on_first_rank() and (flags := preset_in(["--hacl_preset", model.hacl_preset])):
                 said = " ".join(f"--{name} {value}" for name, value in flags.items())
                 print(f"HACL preset {model.hacl_preset}: {said}, where no other value is given.", flush=True)
             data.hacl = HaclConfig.from_arguments(model)  # the dataset sees the data arguments alone
         if stage is not None or model.use_hacl:
-            check_run(Run(model, data, training, stage))
+            run = Run(model, data, training, stage)
+            check_run(run)
             SIGNALS.catch()
             check_folder(training.output_dir)
             lock_folder(training.output_dir)
-            check_before_run(model, data, training)
+            check_before_run(run)
             # LLaVA makes projector and adapters before the Trainer seeds anything, and so does HACL its heads.
             transformers.set_seed(training.seed)
 
-    methods, bases = {"__post_init__": check, "hacl_parsed": parsed}, (stock["ModelArguments"],)
+    return {"__post_init__": check, "hacl_parsed": parsed}
+
+
+def _arguments(stock, use_hacl, **methods):
+    """LLaVA's ModelArguments with HACL's flags."""
+    bases = (stock["ModelArguments"],)
     return dataclasses.make_dataclass("ModelArguments", hacl_argument_fields(use_hacl), bases=bases, namespace=methods)

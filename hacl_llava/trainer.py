@@ -90,6 +90,8 @@ class ResumableTrainer(LLaVATrainer):
         self.add_callback(self._stop)
         self.add_callback(_EpochStart(self))
         settings = getattr(self.args, "hacl_run", None) or RunSettings()
+        if version := getattr(self.args, "hacl_version", None):  # LLaVA itself notes its template nowhere
+            self.model.config.hacl_version = version
         self.guard = NonFiniteGuard(settings.nonfinite, self.args.output_dir, self.args.fp16, self._name_record)
         self.args.logging_nan_inf_filter = False  # the guard's work, for which the host need not wait in each step
         if is_deepspeed_zero3_enabled():

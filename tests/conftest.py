@@ -76,6 +76,29 @@ def records(mini):
     return json.loads(mini.data.read_text())
 
 
+def make_llm_of_today(mini, folder, special=("<|im_start|>", "<|reserved_0|>"), **settings):
+    """The miniature with a tokenizer as Llama-3, Qwen and SmolLM2 have it: no <unk>, pad is EOS, BOS is not added, and
+    tokenizer.json alone. ``special``: tokens besides; ``settings``: of tokenizer_config.json."""
+    import shutil
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    shutil.copytree(mini.llm, folder, ignore=shutil.ignore_patterns("*token*"))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|end|>", *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([mini.data.read_text()], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": list(special)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **more, **settings}))
+    return folder
+
+
 def arguments(mini, output, *more):
     """The command line of a stage-1 run as LLaVA's scripts spell it."""
     return [

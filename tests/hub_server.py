@@ -142,7 +142,36 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def file(self):
+        """One file of a repository, whole, a part, or (HEAD) what it is; whether that was asked for."""
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", urlsplit(self.path).path)
+        if not match:
+            return False
+        with self.owner.lock:
+            self.owner.log.append((self.command, self.path, self.headers["Authorization"]))
+            repo = self.owner.repos.get(match[1])
+        data = repo and repo["branches"]["main"].get(unquote(match[3]))
+        code = "RepoNotFound" if repo is None else "EntryNotFound" if data is None else None
+        if repo is not None and repo["private"]:
+            code = "GatedRepo"
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        whole, data = len(data or b""), b"" if code else data[int(part[1]) : int(part[2]) + 1] if part else data
+        self.send_response(403 if code == "GatedRepo" else 404 if code else 206 if part else 200)
+        if code:
+            self.send_header("X-Error-Code", code)
+        else:
+            self.send_header("ETag", f'"{hashlib.sha256(repo["branches"]["main"][unquote(match[3])]).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("X-Linked-Size", str(whole))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+        return True
+
     def handle_one(self):
+        if self.command in ("HEAD", "GET") and self.file():
+            return
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             parts = []
             while size := int(self.rfile.readline(), 16):
@@ -163,4 +192,4 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = handle_one
+    do_GET = do_HEAD = do_POST = do_PUT = handle_one

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from .. import compat  # noqa: F401  (before llava)
 from ..common.options import Loader
 from ..config import HaclError
+from ..data import family_of
 
 # isort: split
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -37,17 +38,26 @@ def default_template(
 
     Returns:
         A name of ``llava.conversation.conv_templates``.
+
+    Raises:
+        HaclError: the language model's template is one that LLaVA has not, and no other is known.
     """
     stage1 = getattr(config, "tune_mm_mlp_adapter", False)
+    noted = getattr(config, "hacl_version", None)  # --version of a stage 2 of ours
+    if noted in conv_templates and not stage1:
+        return noted
     name = get_model_name_from_path(str(Path(stage1 and base or path).absolute())).lower()
-    own = str(tokenizer.chat_template or "")  # the language model's; LLaVA's training does not note its own anywhere
-    instructed = any(word in name for word in ("vicuna", "chat", "instruct")) or own
-    if stage1 and not instructed:
+    family = family_of(tokenizer)
+    if stage1 and not (family or tokenizer.chat_template or any(w in name for w in ("vicuna", "chat", "instruct"))):
         return "plain"
-    if "<|im_start|>" in own:
-        return "chatml_direct"
-    if stage1 and "[INST]" in own:  # a language model that stage 2 has not taught another form
-        return "llava_llama_2" if "<<SYS>>" in own else "mistral_instruct"
+    # What a stage 1 has left as it was, or of which stage 2 could not teach another form.
+    if family and (stage1 or family.name in ("ChatML", "Llama-3", "DeepSeek")):
+        if family.template in conv_templates:
+            return family.template
+        raise HaclError(
+            f"{base or path}: its tokenizer's chat template is {family.name}'s, for which this LLaVA has none; name "
+            f"the template that it was trained with by --conv{' (--conv plain: a caption)' if stage1 else ''}."
+        )
     if config.model_type == "llava_mistral" and "mistral_instruct" in conv_templates:
         return "mistral_instruct"
     return "llava_llama_2" if "llama-2" in name else "chatml_direct" if "v1.6-34b" in name else "v1"
@@ -103,7 +113,11 @@ def prompt_ids(
             conv.append_message(conv.roles[1], answered)
             before = ""
         prompt = conv.get_prompt()
-    return tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
+    ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+    bos = tokenizer.bos_token_id
+    if template.sep_style == SeparatorStyle.PLAIN and getattr(config, "hacl", None) and bos not in (None, int(ids[0])):
+        ids = torch.cat([torch.tensor([bos]), ids])  # as stage 1 with HACL had it, whatever the tokenizer adds
+    return ids[None]
 
 
 def check_arguments(options: Loader) -> None:

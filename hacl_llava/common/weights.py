@@ -1,12 +1,13 @@
 """The files of checkpoints: tensors by name, folders that are there, on the hub, or to be written whole."""
 
+import contextlib
 import os
 import re
 import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # Of a name on the hub; some hold the same weights in other libraries' formats, too.
 _FETCHED = ["*.json", "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "mm_projector.bin", "*.model"]
 _FETCHED += ["non_lora_trainables.bin"]
+SINGLES = ("model.safetensors", "pytorch_model.bin", "mm_projector.bin")  # files of weights, in transformers' order
 
 
 class CheckpointError(HaclError):
@@ -45,7 +47,7 @@ class Weights:
         """{name: file}; an index says it without a shard being opened."""
         if self.path.is_file():
             return dict.fromkeys(self._load(self.path).keys(), self.path)
-        for single in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):  # transformers' order
+        for single in SINGLES:
             index = f"{single}.index.json"
             if (self.path / single).exists():
                 return dict.fromkeys(self._load(self.path / single).keys(), self.path / single)
@@ -108,6 +110,108 @@ class Weights:
         """Its shape as a tuple, without reading the tensor."""
         found = self._of(name, "get_slice")
         return tuple(found.get_shape() if hasattr(found, "get_shape") else found.shape)
+
+
+class Shapes(dict):
+    """{tensor: shape} of weights on the hub, read as `Weights` is; None: its shape is not known."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """As `Weights.shape`."""
+        return self[name]
+
+
+class Part(NamedTuple):
+    """A language model or a vision tower before it is loaded, as its small files say.
+
+    ``folder``: where all its files are, be it the hub's cache; None: not on this machine. ``config``: its config.json;
+    {}: not known. ``shapes``: of the weights, where there is no folder; None: not known. ``problem``: why it cannot be
+    loaded; ``unseen``: what could not be looked at, and why.
+    """
+
+    name: str
+    folder: Path | None = None
+    config: dict[str, Any] = {}
+    shapes: Shapes | None = None
+    problem: str | None = None
+    unseen: str | None = None
+
+    @property
+    def weights(self) -> "Weights | Shapes | None":
+        """What holds the names and shapes of its tensors.
+
+        Raises:
+            CheckpointError: as `Weights`.
+        """
+        return Weights(self.folder) if self.folder else self.shapes
+
+
+def find_part(name: str | os.PathLike, cache: str | os.PathLike | None = None) -> Part:
+    """A model by its folder, or by its name on the hub: from the cache where it is there as a whole, else by what is
+    cheap to fetch, config.json and the names and shapes of its tensors.
+
+    Args:
+        name: folder or name. cache: the hub's, where it is another than usual (``--cache_dir``).
+
+    Raises:
+        CheckpointError: a folder's config.json is damaged.
+    """
+    name, folder = str(name), Path(name)
+    if folder.is_dir():
+        file = folder / "config.json"
+        return Part(name, folder, read_json(file) if file.exists() else {})
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache, utils
+
+    try:
+        if folder.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            raise utils.HFValidationError
+        file = try_to_load_from_cache(name, "config.json", cache_dir=cache)
+        if isinstance(file, str) and _all_here(Path(file).parent):
+            return Part(name, Path(file).parent, read_json(file))
+        file = Path(hf_hub_download(name, "config.json", cache_dir=cache))
+    except utils.LocalEntryNotFoundError as error:
+        return Part(name, unseen=f"is not on this machine, and the hub does not answer ({first_line(error, 100)})")
+    except utils.EntryNotFoundError:
+        return Part(name, problem="has no config.json on the hub; give a model of transformers' layout")
+    except (utils.HFValidationError, utils.RepositoryNotFoundError) as error:
+        gated = isinstance(error, utils.GatedRepoError)
+        why = "asks for leave (accept its terms there, and run: hf auth login)" if gated else "is not there"
+        why = f"and on the hub it {why}" if "/" in name else "nor a name on the hub"
+        return Part(name, problem=f"is no folder, {why}; give a folder, or a name on the hub")
+    except Exception as error:  # of the network's libraries
+        return Part(name, unseen=f"is not on this machine, and the hub does not answer ({first_line(error, 100)})")
+    config = read_json(file)
+    if _all_here(file.parent):
+        return Part(name, file.parent, config)
+    try:
+        shapes = _shapes_on_hub(name, cache)
+    except Exception as error:
+        return Part(name, config=config, unseen=f"has weights that cannot be looked at ({first_line(error, 100)})")
+    why = None if shapes else "has weights in one .bin file, which is looked at once it is downloaded"
+    return Part(name, None, config, shapes, unseen=why)
+
+
+def _all_here(folder):
+    """Whether a folder of the hub's cache holds all the weights that are loaded from it."""
+    for single in SINGLES[:2]:
+        if (folder / single).exists():
+            return True
+        if (index := folder / f"{single}.index.json").exists():
+            named = read_json(index).get("weight_map") or {}
+            return all((folder / str(shard)).exists() for shard in named.values())
+    return False
+
+
+def _shapes_on_hub(name, cache):
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download, utils
+
+    try:
+        files = get_safetensors_metadata(name).files_metadata.values()
+        return Shapes({n: tuple(tensor.shape) for file in files for n, tensor in file.tensors.items()})
+    except utils.NotASafetensorsRepoError:
+        with contextlib.suppress(utils.EntryNotFoundError):
+            index = hf_hub_download(name, "pytorch_model.bin.index.json", cache_dir=cache)
+            return Shapes(dict.fromkeys(read_json(index).get("weight_map") or ()))
+        return None
 
 
 def is_whole(folder: str | os.PathLike) -> bool:

@@ -134,12 +134,22 @@ def test_template_by_the_kind_of_checkpoint(path, base, kind, stage1, template):
         ("<|im_start|>{{ message }}<|im_end|>", "chatml_direct", "chatml_direct"),
         ("<s>[INST] {{ message }} [/INST]", "mistral_instruct", "v1"),  # stage 2 teaches its own form
         ("<s>[INST] <<SYS>>{{ system }}<</SYS>>", "llava_llama_2", "v1"),
+        ("<|start_header_id|>{{ role }}<|end_header_id|>", None, None),  # LLaVA 1.2 has none for Llama-3
+        ("<|user|>\n{{ message }}</s>", None, "v1"),
     ],
 )
 def test_a_chat_template_says_how_the_llm_saw_instructions(own, stage1, whole):
     for tuned, template in ((True, stage1), (False, whole)):
         config = types.SimpleNamespace(model_type="llava_llama", tune_mm_mlp_adapter=tuned)
-        assert default_template("x", "llm", config, types.SimpleNamespace(chat_template=own)) == template
+        tokenizer = types.SimpleNamespace(chat_template=own)
+        if template is None:
+            with pytest.raises(HaclError, match="llm: its tokenizer's chat template is .+ by --conv"):
+                default_template("x", "llm", config, tokenizer)
+        else:
+            assert default_template("x", "llm", config, tokenizer) == template
+        config.hacl_version = "llava_v1"  # what a stage 2 of ours has noted goes before all
+        if not tuned:
+            assert default_template("x", "llm", config, tokenizer) == "llava_v1"
 
 
 def test_images_that_cannot_be_opened(tmp_path, picture):

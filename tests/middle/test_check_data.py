@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import bad_data
 import pytest
 import torch
 from bad_data import CASES, make
-from conftest import arguments
+from conftest import arguments, make_llm_of_today
 
 from hacl_llava import check_data, cli
 from hacl_llava.config import HaclError
@@ -27,6 +28,7 @@ from hacl_llava.data import (
     entry_of,
     make_plain_data_module,
 )
+from hacl_llava.run import Run
 
 
 def command(capsys, *argv):
@@ -398,7 +400,7 @@ def test_a_run_that_goes_on_leaves_out_what_it_left_out(tmp_path, some, mini, ca
             data_path=str(path), image_folder=str(mini.images), image_aspect_ratio="square",
             hacl_run=RunSettings(bad_records=policy),
         )  # fmt: skip
-        check_data.check_before_run(model, data, training)
+        check_data.check_before_run(Run(model, data, training))
         return data.hacl_left_out
 
     assert start() == {2, 5}
@@ -463,3 +465,107 @@ def test_what_cannot_be_checked(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     status, _, error = command(capsys, *argv)
     assert status == 2 and message in error
+
+
+# --- check-data --run, and templates that do not fit ------------------------------------------------------------------
+
+CHATML = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": "{{ '<|im_start|>' + messages }}"}
+LLAMA_3 = {"chat_template": "{{ '<|start_header_id|>' + messages }}"}
+
+
+def chatml(mini, folder):
+    return make_llm_of_today(mini, folder, ("<|im_start|>", "<|im_end|>", "<|reserved_0|>"), **CHATML)
+
+
+def of_stage(stage, mini, output, *more):
+    """The arguments of a training; the last of two that are the same counts."""
+    argv = arguments(mini, output, *map(str, more))
+    if stage == 2:
+        torch.save(
+            {
+                f"model.mm_projector.{i}.{n}": torch.zeros(64, *(64,) * (n == "weight"))
+                for i in (0, 2)
+                for n in ("weight", "bias")
+            },
+            mini.folder / "mm_projector.bin",
+        )
+        argv[argv.index("--tune_mm_mlp_adapter") + 1] = "False"
+        argv += ["--pretrain_mm_mlp_adapter", str(mini.folder / "mm_projector.bin")]
+        if "--version" not in map(str, more):
+            argv += ["--version", "v1"]
+    return argv
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_that_is_fine_is_rehearsed(mini, tmp_path, capsys, train_module, stage):
+    script = ("scripts/pretrain_hacl.py", "--deepspeed", "zero_configs/zero2.json") if stage == 1 else ()
+    argv = (*script, *of_stage(stage, mini, tmp_path / "out", "--bf16", "True"))
+    status, page, error = command(capsys, "--workers", 1, "--output", tmp_path / "report", "--run", *argv)
+    assert (status, error) == (0, None) and "**32 can be used, 0 cannot.**" in page and "## " not in page
+    assert f"for the template {'plain' if stage == 1 else 'v1'}; every image was opened" in page
+    assert json.loads((tmp_path / "report/report.json").read_text())["problems"] == []
+    assert not (tmp_path / "out").exists() and train_module.ModelArguments.__mro__[1] is object  # as it was
+
+
+def test_every_problem_of_a_run_is_named(mini, tmp_path, capsys, train_module, some):
+    """And the run itself is refused for the first of them."""
+    llm = chatml(mini, tmp_path / "llm")
+    torch.save({"model.mm_projector.weight": torch.zeros(64, 64)}, tmp_path / "other.bin")
+    flags = ("--pretrain_mm_mlp_adapter", tmp_path / "other.bin", "--image_folder", "nowhere", "--data_path", some[0])
+    argv = of_stage(2, mini, tmp_path / "out", "--model_name_or_path", llm, *flags, "--deepspeed", "no.json")
+    argv += ["--pretrain_mm_mlp_adapter", str(tmp_path / "other.bin")]
+    status, page, _ = command(capsys, "--run", *argv)
+    assert status == 2
+    for said in (
+        "- --deepspeed no.json: is no file",
+        "other.bin: holds a projector that is linear; --mm_projector_type is mlp2x_gelu",
+        "- --image_folder nowhere: is no folder",
+        "- none of 7 records that were looked at has a label: the first is masked whole by LLaVA (token",
+        "Give --version chatml_direct, for the tokenizer is of ChatML (it is v1)",
+        "record 2 (id 'train-000000002') has no 'conversations'",
+    ):
+        assert said in page, page
+    assert "missing" not in page  # of images nothing is said where there is no folder
+    status, page, _ = command(capsys, "--run", *of_stage(1, mini, tmp_path / "out", "--data_path", some[0]))
+    assert status == 1 and "**5 can be used, 3 cannot.**" in page and "refused" not in page
+    status, page, _ = command(
+        capsys, "--run", *of_stage(1, mini, tmp_path / "out", "--data_path", tmp_path / "no.json")
+    )
+    assert status == 2 and "no.json: cannot be read" in page
+    status, page, _ = command(capsys, "--run", "--version", "plain", "--model_name_or_path", llm)
+    assert status == 2 and "--data_path is missing" in page and "give --vision_tower" in page
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ((), "there is nothing to look at: give a JSON, or --run"),
+        (("x.json", "--images", "y", "--run", "--version", "v1"), "JSON, --images: not beside --run"),
+        (("--tokenizer", "y", "--run", "--version", "v1"), "--tokenizer: not beside --run"),
+        (("--run", "--no_such_flag", "3"), "--run: .+no_such_flag.+give the arguments of a training"),
+        (("--run", "--num_train_epochs", "many"), "^--run: argument --num_train_epochs.+invalid float value"),
+    ],
+)
+def test_what_is_no_run_is_refused(capsys, argv, message):
+    status, _, error = command(capsys, *argv)
+    assert status == 2 and re.search(message, error), error
+
+
+def test_chatml_and_a_tokenizer_without_bos(monkeypatch, capsys, mini, tmp_path, train_module):
+    """LLaVA loses count of its tokens and masks every row; here answers are learnt, and v1 is refused by name."""
+    llm = chatml(mini, tmp_path / "llm")
+    flags = ("--model_name_or_path", llm, "--max_steps", "2")
+    status, out, err, losses = train(
+        monkeypatch, capsys, mini, tmp_path / "out", *flags, "--version", "chatml_direct", stage=2
+    )
+    assert status == 0, err
+    assert "LLaVA loses count of this tokenizer's tokens" in out and "no label" not in out and min(losses) > 1
+    assert json.loads((tmp_path / "out/config.json").read_text())["hacl_version"] == "chatml_direct"
+    status, _, err, _ = train(monkeypatch, capsys, mini, tmp_path / "v1", *flags, "--version", "v1", stage=2)
+    assert status == 2 and "none of 32 records that were looked at has a label" in err
+    assert "Give --version chatml_direct, for the tokenizer is of ChatML (it is v1)" in err
+    other = make_llm_of_today(mini, tmp_path / "llama3", ("<|start_header_id|>", "<|reserved_0|>"), **LLAMA_3)
+    status, _, err, _ = train(
+        monkeypatch, capsys, mini, tmp_path / "v1", "--model_name_or_path", other, "--version", "v1", stage=2
+    )
+    assert status == 2 and "The tokenizer's chat template is Llama-3's, for which this LLaVA has none" in err

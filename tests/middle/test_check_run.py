@@ -1,5 +1,6 @@
 """What ends a run before anything is loaded: each check refuses its case, says what to do, and lets the others pass."""
 
+import functools
 import json
 import re
 import shutil
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hacl_llava import check_run
-from hacl_llava.check_run import CHECKS, Run
+from hacl_llava.check_run import CHECKS
 from hacl_llava.compat import STATE_FILE
 from hacl_llava.config import HaclError
+from hacl_llava.run import Run
 
 
 def projector(width=64, features=64, layers=("",), prefix="model.mm_projector."):
@@ -31,6 +33,7 @@ def run(tmp_path, mini):
 
     def make(stage=1, **flags):
         model = {"model_name_or_path": str(mini.llm), "vision_tower": str(mini.clip), "use_hacl": stage == 1}
+        model["version"] = "plain" if stage == 1 else "v1"
         model |= {"tune_mm_mlp_adapter": stage == 1, "mm_projector_type": "linear", "mm_use_im_start_end": False}
         model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
         training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
@@ -64,6 +67,8 @@ CASES = [  # which check, stage, flags, what it says
     ("vision_tower", 1, {"vision_tower": None}, "--use_hacl contrasts images: give --vision_tower"),
     ("vision_tower", 1, {"vision_tower": None, "use_hacl": False}, "no mm_projector is trained: give --vision_tower"),
     ("name_of_an_mpt_model", 1, {"model_name_or_path": "my-mpt-llama"}, "give the folder another name"),
+    ("name_of_an_mpt_model", 2, {"model_name_or_path": "attempt-3"}, "give the folder another name"),
+    ("template", 2, {"version": "llava_llama_3"}, "--version llava_llama_3: is no template of this LLaVA, .+vicuna_v1"),
     ("processes", 1, {"n_gpu": 2}, "one process was started for 2 GPUs.+deepspeed, torchrun"),
     ("processes", 1, {"fsdp": "full_shard"}, "stage 1 under FSDP cannot be saved"),
     ("image_folder", 1, {"image_folder": "nowhere"}, "--image_folder nowhere: is no folder"),
@@ -95,7 +100,12 @@ def without(part):
 
 MODELS = [  # config, tensors, what is said of the language model
     ({"model_type": "qwen2"}, dict, "is of the type 'qwen2'.+random weights"),
-    ({"text_config": {}}, dict, "is in Hugging Face's format; convert it first: hacl-llava export"),
+    ({"model_type": "mpt"}, dict, "is of the type 'mpt'.+give a Llama-shaped model"),
+    (
+        {"model_type": "llava", "text_config": {}},
+        dict,
+        "is in Hugging Face's format; convert it first: hacl-llava export",
+    ),
     (
         {},
         without("layers.1.mlp.up_proj"),
@@ -129,8 +139,6 @@ def test_language_models_that_are_fine(run, mini, tmp_path):
     assert check_run.language_model(run(model_name_or_path=tied)) is None
     both = changed(mini.llm, tmp_path / "both", {"tie_word_embeddings": True})
     assert check_run.language_model(run(model_name_or_path=both)) is None
-    mpt = changed(mini.llm, tmp_path / "mpt", {"model_type": "mpt"})
-    assert check_run.language_model(run(2, model_name_or_path=mpt)) is None
     (tmp_path / "lora").mkdir()
     assert "has no config.json" in check_run.language_model(run(model_name_or_path=str(tmp_path / "lora")))
     (tmp_path / "lora/adapter_config.json").write_text("{}")
@@ -212,3 +220,92 @@ def test_what_is_allowed_and_advised_against(run):
         check_run.check_run(run(2, use_hacl=True))
     with pytest.warns(UserWarning, match="starts with a random projector"):
         check_run.check_run(run(2, pretrain_mm_mlp_adapter=None))
+
+
+# --- names on the hub -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub that holds nothing yet, and an empty cache."""
+    import huggingface_hub.file_download
+    import huggingface_hub.hf_api
+    from hub_server import HubServer
+
+    with HubServer(
+        public=[f"me/{name}" for name in ("llm", "clip", "shards", "bin", "wide")], private=["me/gated"]
+    ) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        address = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):  # older and newer ones
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        yield server
+
+
+def publish(hub, name, folder, leave_out=()):
+    files = hub.repos[name]["branches"]["main"]
+    files.update({f.name: f.read_bytes() for f in folder.iterdir() if f.name not in leave_out})
+    return files
+
+
+def test_a_name_on_the_hub_is_checked_by_its_headers(run, mini, tmp_path, hub, capsys):
+    publish(hub, "me/llm", mini.llm)
+    publish(hub, "me/clip", mini.clip)
+    named = {"model_name_or_path": "me/llm", "vision_tower": "me/clip"}
+    for stage in (1, 2):
+        assert list(check_run.problems(run(stage, **named))) == []
+    fetched = [path.rsplit("/", 1)[1] for method, path, _ in hub.log if method == "GET" and "/resolve/" in path]
+    assert set(fetched) == {"config.json", "model.safetensors"}  # of these a header alone: nothing is in the cache
+    cached = {p.name for p in (tmp_path / "cache").rglob("*") if not p.is_dir() and p.parent.name != "blobs"}
+    assert "config.json" in cached and "model.safetensors" not in cached
+    config = json.loads((mini.llm / "config.json").read_text())
+    shards = publish(hub, "me/shards", mini.llm, ["model.safetensors"])
+    shards["pytorch_model.bin.index.json"] = json.dumps({"weight_map": {"lm_head.weight": "a.bin"}}).encode()
+    other = publish(hub, "me/bin", mini.llm, ["model.safetensors"])
+    other["pytorch_model.bin"] = b"of which nothing is read"
+    wide = publish(hub, "me/wide", mini.llm)
+    wide["config.json"] = json.dumps(config | {"num_hidden_layers": 3}).encode()
+    for name, said in {
+        "me/wide": "lacks 9 tensors that its config.json asks for, as 'model.layers.2",
+        "me/shards": "lacks 20 tensors",
+        "me/nothing": "is no folder, and on the hub it is not there; give",
+        "me/gated": "on the hub it asks for leave",
+        "no/such/folder": "is no folder, and on the hub it is not there; give",
+    }.items():
+        (problem,) = check_run.problems(run(model_name_or_path=name, vision_tower=str(mini.clip)))
+        assert problem.startswith(f"--model_name_or_path {name}: ") and said in problem
+    capsys.readouterr()
+    assert list(check_run.problems(run(model_name_or_path="me/bin"))) == []
+    line = (
+        "HACL: --model_name_or_path me/bin: not checked, for it has weights in one .bin file, which is looked at once"
+    )
+    assert line in capsys.readouterr().out
+    assert "projects to 96 features, me/llm has the hidden_size 64" in check_run.projector(
+        run(2, **named, pretrain_mm_mlp_adapter=str(_saved(tmp_path / "wide.bin", projector(96))))
+    )
+
+
+def _saved(path, tensors):
+    torch.save(tensors, path)
+    return path
+
+
+def test_without_a_network_the_cache_is_checked_and_the_rest_named(run, mini, tmp_path, hub, monkeypatch, capsys):
+    import huggingface_hub
+
+    publish(hub, "me/llm", mini.llm)
+    for name in hub.files("me/llm"):
+        huggingface_hub.hf_hub_download("me/llm", name)
+    alone = functools.partial(huggingface_hub.hf_hub_download, local_files_only=True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", alone)
+    asked = run(model_name_or_path="me/llm", vision_tower="me/clip")
+    assert list(check_run.problems(asked)) == [] and asked.llm.folder
+    assert "HACL: --vision_tower me/clip: not checked, for it is not on this machine" in capsys.readouterr().out
+    file = next((tmp_path / "cache").rglob("snapshots/*/model.safetensors"))
+    tensors = without("layers.1.mlp.up_proj")(load_file(file))
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    assert "me/llm: lacks 1 tensors" in check_run.language_model(run(model_name_or_path="me/llm"))

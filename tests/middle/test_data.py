@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import batch_of, load, texts_of
+from conftest import batch_of, load, make_llm_of_today, texts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +73,38 @@ def test_hallucinated_captions_are_a_string_or_a_list(value, want):
 def test_other_hallucinated_captions_are_refused(value):
     with pytest.raises(DataError, match="expected a string or a list of strings"):
         hallucinated_captions({"hallucinated_captions": value})
+
+
+def test_answers_are_found_by_the_tokens_around_them(mini, tmp_path, monkeypatch):
+    import transformers
+    from llava import conversation as library
+
+    from hacl_llava.check_data import TokenCheck
+    from hacl_llava.data import answers_only, loses_count
+
+    special = ("<|im_start|>", "<|im_end|>", "<|reserved_0|>")
+    folder = make_llm_of_today(mini, tmp_path / "llm", special, eos_token="<|im_end|>")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=False, model_max_length=512)
+    tokenizer.pad_token = "<|reserved_0|>"
+    monkeypatch.setattr(library, "default_conversation", library.conv_templates["chatml_direct"])
+    assert loses_count(tokenizer)
+    conv = library.conv_templates["chatml_direct"].copy()
+    for role, text in zip(conv.roles * 2, ("What?", "A ring.", "And?", "Two of them.")):
+        conv.append_message(role, text)
+    ids = torch.tensor(tokenizer(conv.get_prompt()).input_ids)
+    labels = answers_only(ids, tokenizer, 2)
+    assert tokenizer.decode(labels[labels != -100]) == "A ring.<|im_end|>Two of them.<|im_end|>"
+    assert torch.equal(labels[labels != -100], ids[labels != -100])
+    assert answers_only(ids, tokenizer, 1) is None and answers_only(ids, tokenizer, 3) is None
+    tokenizer.model_max_length = len(ids) - 9
+    assert (answers_only(ids[:-9], tokenizer, 3) != -100).sum() == (labels[:-9] != -100).sum()  # cut
+    record = {"image": "a.png", "conversations": turns("<image>\nWhat?", "<|im_start|>assistant\nA ring.")}
+    check = TokenCheck(str(folder), "chatml_direct", 512)
+    assert [kind for kind, _ in check(record)] == ["masked"]
+    assert check({"image": "a.png", "conversations": turns() + turns("And?", "Two.")}) == []
+    # where LLaVA's count is right, its labels stay as they are
+    monkeypatch.setattr(library, "default_conversation", library.conv_templates["v1"])
+    assert not loses_count(tokenizer)
 
 
 def test_every_batch_has_the_same_number_of_rows(mini, setup, records, tmp_path):

@@ -1,13 +1,12 @@
 """install(), the flags, and what a user sees who gets one wrong."""
 
 import json
-import shutil
 import sys
 
 import pytest
 import torch
 import transformers
-from conftest import arguments
+from conftest import arguments, make_llm_of_today
 from safetensors.torch import load_file, save_file
 from workers import Run
 
@@ -278,23 +277,7 @@ def test_lora_run_leaves_the_heads_alone(monkeypatch, capsys, mini, tmp_path, tr
 
 @pytest.fixture
 def llm_of_today(mini, tmp_path):
-    """The miniature with a tokenizer as Llama-3, Qwen and SmolLM2 have it: no <unk>, pad is EOS, BOS is not added."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    folder = tmp_path / "llm"
-    shutil.copytree(mini.llm, folder, ignore=shutil.ignore_patterns("*token*"))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|begin|>", "<|end|>", "<|im_start|>", "<|reserved_0|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [mini.data.read_text()], trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
-    more = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": special[2:]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **more}))
-    return folder
+    return make_llm_of_today(mini, tmp_path / "llm")
 
 
 def test_a_tokenizer_without_unk_and_bos_trains(monkeypatch, capsys, mini, tmp_path, llm_of_today, train_module):
