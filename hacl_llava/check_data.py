@@ -350,6 +350,14 @@ class TokenCheck:
         with self._under_template():
             data.ready(self.tokenizer)
             self.mends = data.loses_count(self.tokenizer)
+        if self.plain and self.tokenizer.eos_token_id is None:
+            raise HaclError(f"{name}: its tokenizer has no EOS token, with which captions end; give it one it knows.")
+        ids = {key: getattr(self.tokenizer, f"{key}_token_id") for key in ("bos", "eos", "pad")}
+        if beyond := [f"{key} ({i})" for key, i in ids.items() if rows and i is not None and i >= rows]:
+            raise HaclError(
+                f"{name}: its tokenizer's {' and '.join(beyond)} are beyond the model's {rows} rows; give the "
+                "tokenizer that the model was made with."
+            )
         self.arguments = types.SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
 
     @contextlib.contextmanager

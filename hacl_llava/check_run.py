@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .common.weights import CheckpointError, Weights, is_whole
+from .common.weights import CheckpointError, Weights, is_whole, read_json
 from .compat import STATE_FILE
 from .config import HaclConfig, HaclError, on_first_rank
 from .resume import ranks_of
@@ -99,9 +99,22 @@ def deepspeed_config(run: Run) -> str | None:
     return None
 
 
+def something_to_learn(run: Run) -> str | None:
+    """A run of no step, or in which nothing of LLaVA's trains, would end well and save what it began with."""
+    training = run.training
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        return f"--num_train_epochs {training.num_train_epochs}: not a single step; allowed is more than 0."
+    if training.learning_rate <= 0:
+        return f"--learning_rate {training.learning_rate}: nothing would be learnt; allowed is more than 0."
+    if run.model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter:
+        return "--tune_mm_mlp_adapter trains the projector, --freeze_mm_mlp_adapter does not: leave the second out."
+    return None
+
+
 # --- the language model and the vision tower, by the headers of their files -------------------------------------------
 
 LLAMA_SHAPED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # "model_type" of config.json
+_PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _BESIDE = ("mm_projector.", "vision_tower.", "rotary_emb.inv_freq", "image_newline", "hacl_head.")  # in a LLaVA model
 
 
@@ -127,6 +140,12 @@ def language_model(run: Run) -> str | None:
             "Llama-shaped model (Llama, Vicuna, Mistral, TinyLlama)."
         )
 
+    if held := config.get("quantization_config"):
+        return (
+            f"{flag}: is quantized ({held.get('quant_method', 'unknown how')}), which cannot be trained from; give the "
+            "model as it was before (--bits 4 --lora_enable True quantizes it while it trains)."
+        )
+
     def expected():
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -144,6 +163,8 @@ def tower(run: Run) -> str | None:
     if part is None:
         return None
     flag = f"--vision_tower {part.name}"
+    if not Path(part.name).exists() and not re.match("openai|laion", part.name) and "ShareGPT4V" not in part.name:
+        return f"{flag}: is no folder, and LLaVA takes names on the hub of openai/ and laion/ alone; download it first."
     if problem := _not_there(flag, part, "the folder of a CLIP vision model"):
         return problem
     kind = part.config.get("model_type")
@@ -153,6 +174,9 @@ def tower(run: Run) -> str | None:
             "model, as openai/clip-vit-large-patch14-336."
         )
 
+    if part.folder and Path(part.name).is_dir() and not any((part.folder / n).exists() for n in _PREPROCESSOR):
+        return f"{flag}: has no {_PREPROCESSOR[0]}, by which images are prepared; copy it from the model's origin."
+
     def expected():
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -160,6 +184,26 @@ def tower(run: Run) -> str | None:
         return {k: v for k, v in found.items() if "position_ids" not in k}
 
     return _misfit(flag, part, expected, None)
+
+
+def image_features(run: Run) -> str | None:
+    """What is taken of the tower has to be there, and images have to come in the size that it takes."""
+    layer, feature = run.model.mm_vision_select_layer, run.model.mm_vision_select_feature
+    if feature not in ("patch", "cls_patch"):
+        return f"--mm_vision_select_feature {feature}: allowed are patch and cls_patch."
+    layers = run.vision.get("num_hidden_layers", 24 if run.vision else 0)
+    if run.vision and layer is not None and not -layers - 1 <= layer <= layers:
+        return f"--mm_vision_select_layer {layer}: the vision tower has {layers} layers; LLaVA-1.5 takes -2."
+    file = run.tower and run.tower.folder and run.tower.folder / _PREPROCESSOR[0]
+    if run.vision and file and file.exists():
+        crop, size = read_json(file).get("crop_size"), run.vision.get("image_size", 224)
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        if crop not in (None, size):
+            return (
+                f"{file}: makes images of {crop} pixels, and the tower's config.json says {size}; copy both files from "
+                "the model's origin."
+            )
+    return None
 
 
 def _not_there(flag, part, what):
@@ -220,6 +264,8 @@ def _misfit(flag, part, expected, beside):
 def projector(run: Run) -> str | None:
     """``--pretrain_mm_mlp_adapter`` has to be a projector, and to fit the language model."""
     path, config = run.model.pretrain_mm_mlp_adapter, run.llm.config
+    if problem := _of_a_whole_llava(run):
+        return problem
     if path is None:
         if run.stage == 2 and config and "mm_vision_tower" not in config:
             warnings.warn(
@@ -230,6 +276,8 @@ def projector(run: Run) -> str | None:
         return None
     if not Path(path).is_file():
         return f"--pretrain_mm_mlp_adapter {path}: is no file."
+    if str(path).endswith(".safetensors"):
+        return f"--pretrain_mm_mlp_adapter {path}: is safetensors, and LLaVA reads it with torch.load; give a .bin."
     try:
         weights = Weights(Path(path))
     except CheckpointError as error:
@@ -258,6 +306,21 @@ def projector(run: Run) -> str | None:
         return (
             f"{path}: takes {features} features of a patch, --vision_tower {run.model.vision_tower} gives {given}; "
             "give the vision tower that stage 1 was run with."
+        )
+    return None
+
+
+def _of_a_whole_llava(run):
+    """The projector that a base has of its own is not made anew: flags of another would only be noted."""
+    config, kind = run.llm.config, run.model.mm_projector_type or "linear"
+    if not config.get("mm_vision_tower") or run.model.vision_tower is None:
+        return None
+    if (own := config.get("mm_projector_type", "linear")) != kind:
+        return f"{run.llm.name}: has a projector that is {own}, and --mm_projector_type is {kind}: give {own}."
+    if (takes := config.get("mm_hidden_size")) not in (None, run.vision.get("hidden_size", takes)):
+        return (
+            f"{run.llm.name}: its projector takes {takes} features of a patch, --vision_tower {run.tower.name} gives "
+            f"{run.vision['hidden_size']}; give the vision tower that it was trained with."
         )
     return None
 
@@ -327,8 +390,8 @@ def earlier_stage2(run: Run) -> str | None:
 
 
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
-    *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config),
-    *(language_model, tower, projector),
+    *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config, something_to_learn),
+    *(language_model, tower, image_features, projector),
     *(image_folder, output_folder, earlier_stage1, earlier_stage2),
 )
 

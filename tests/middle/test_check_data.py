@@ -507,6 +507,38 @@ def test_a_run_that_is_fine_is_rehearsed(mini, tmp_path, capsys, train_module, s
     assert not (tmp_path / "out").exists() and train_module.ModelArguments.__mro__[1] is object  # as it was
 
 
+def test_the_shapes_of_mix665k_are_fine(mini, records, tmp_path, capsys, train_module):
+    """Turns about an image of one of several folders, short answers, boxes, and text alone (ShareGPT's, long)."""
+    for folder in ("coco/train2017", "ocr_vqa/images", "vg/VG_100K_2"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(mini.images / records[0]["image"], tmp_path / folder / "000000033471.png")
+
+    def talk(folder, *texts):
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        image = {"image": f"{folder}/000000033471.png"} if folder else {"model": ""}
+        return {**image, "conversations": turns}
+
+    short = "\nAnswer the question using a single word or phrase."
+    region = "\nPlease provide a short description for this region: [0.33, 0.08, 0.78, 1.0]."
+    rows = [
+        talk("coco/train2017", "<image>\nWhat is it?", "A bus.", "Why?", "I see it."),
+        talk("ocr_vqa/images", f"<image>\nWho wrote it?{short}", "A. Writer", f"Is it new?{short}", "No"),
+        talk("vg/VG_100K_2", f"<image>{region}", "red ring", region, "a sky"),
+        talk("coco/train2017", "What is there?\n<image>", "A cat."),
+        talk(None, "Write code:\n```\n<b>x</b>\n```", "```python\nprint('\u00e9\u4e2d')\n```", "Thanks", "\U0001f642"),
+        talk(None, "Say a lot.", "word " * 3000),
+    ]
+    path = tmp_path / "mix.json"
+    path.write_text(json.dumps([{"id": f"{i:012d}", **row} for i, row in enumerate(rows)]))
+    argv = of_stage(
+        2, mini, tmp_path / "out", "--data_path", path, "--image_folder", tmp_path, "--image_aspect_ratio", "pad"
+    )
+    argv += ["--model_max_length", "2048", "--group_by_modality_length", "True"]
+    status, page, error = command(capsys, "--run", *argv)
+    assert (status, error) == (0, None) and "**6 can be used, 0 cannot.**" in page
+    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## warning: long (1)"], page
+
+
 def test_every_problem_of_a_run_is_named(mini, tmp_path, capsys, train_module, some):
     """And the run itself is refused for the first of them."""
     llm = chatml(mini, tmp_path / "llm")

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_loading import write_shards
 
 from hacl_llava import check_run
 from hacl_llava.check_run import CHECKS
@@ -33,11 +34,13 @@ def run(tmp_path, mini):
 
     def make(stage=1, **flags):
         model = {"model_name_or_path": str(mini.llm), "vision_tower": str(mini.clip), "use_hacl": stage == 1}
+        model |= {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
         model["version"] = "plain" if stage == 1 else "v1"
         model |= {"tune_mm_mlp_adapter": stage == 1, "mm_projector_type": "linear", "mm_use_im_start_end": False}
         model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
         training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
-        training["lora_enable"] = False
+        training |= {"lora_enable": False, "freeze_mm_mlp_adapter": False}
+        training |= {"max_steps": -1, "num_train_epochs": 1.0, "learning_rate": 1e-3}
         groups = model, {"image_folder": str(tmp_path)}, training
         for group in groups:
             group |= {k: v for k, v in flags.items() if k in group or k.startswith("hacl_")}
@@ -68,6 +71,13 @@ CASES = [  # which check, stage, flags, what it says
     ("vision_tower", 1, {"vision_tower": None, "use_hacl": False}, "no mm_projector is trained: give --vision_tower"),
     ("name_of_an_mpt_model", 1, {"model_name_or_path": "my-mpt-llama"}, "give the folder another name"),
     ("name_of_an_mpt_model", 2, {"model_name_or_path": "attempt-3"}, "give the folder another name"),
+    ("something_to_learn", 1, {"num_train_epochs": 0.0}, "--num_train_epochs 0.0: not a single step"),
+    ("something_to_learn", 2, {"learning_rate": 0.0}, "--learning_rate 0.0: nothing would be learnt"),
+    ("something_to_learn", 1, {"freeze_mm_mlp_adapter": True}, "leave the second out"),
+    ("deepspeed_config", 1, {"deepspeed": "no.json"}, "--deepspeed no.json: is no file"),
+    ("image_features", 1, {"mm_vision_select_feature": "cls"}, "allowed are patch and cls_patch"),
+    ("image_features", 2, {"mm_vision_select_layer": -9}, "--mm_vision_select_layer -9: the vision tower has"),
+    ("tower", 1, {"vision_tower": "me/clip"}, "is no folder, and LLaVA takes names on the hub of openai/"),
     ("template", 2, {"version": "llava_llama_3"}, "--version llava_llama_3: is no template of this LLaVA, .+vicuna_v1"),
     ("processes", 1, {"n_gpu": 2}, "one process was started for 2 GPUs.+deepspeed, torchrun"),
     ("processes", 1, {"fsdp": "full_shard"}, "stage 1 under FSDP cannot be saved"),
@@ -126,6 +136,112 @@ def test_a_language_model_that_is_not_what_it_is_taken_for(run, mini, tmp_path, 
             check_run.check_run(run(stage, model_name_or_path=path))
 
 
+SHAPES = {  # as published: what of config.json is not Vicuna's
+    "vicuna": ("LlamaForCausalLM", {"torch_dtype": "float16", "max_sequence_length": 2048, "pad_token_id": 0}),
+    "llama 2": ("LlamaForCausalLM", {"pretraining_tp": 1, "rope_scaling": None, "attention_bias": False}),
+    "mistral": ("MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": 4096, "rope_theta": 10000.0}),
+    "tinyllama": ("LlamaForCausalLM", {"num_key_value_heads": 1, "max_position_embeddings": 2048}),
+    "tied": ("LlamaForCausalLM", {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_models_as_they_are_published_are_not_refused(run, mini, tmp_path, shape, parts, safe):
+    """And LLaVA's class, which is what trains, finds all of its weights in them."""
+    import transformers
+
+    from hacl_llava.compat import LlavaLlamaForCausalLM
+
+    name, settings = SHAPES[shape]
+    folder = shutil.copytree(mini.llm, tmp_path / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((mini.llm / "config.json").read_text()) | settings
+    config |= {"architectures": [name], "model_type": name.removesuffix("ForCausalLM").lower()}
+    (folder / "config.json").write_text(json.dumps(config))
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class.from_dict(config)).half()
+    tensors = {k: v for k, v in model.state_dict().items() if not (shape == "tied" and k.startswith("lm_head"))}
+    if shape == "llama 2" and not safe:  # as transformers of those days saved it
+        tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    names = sorted(tensors)
+    write_shards(folder, tensors, [names[::2], names[1::2]] if parts == 2 else [names], safe)
+    for stage in (1, 2):
+        assert list(check_run.problems(run(stage, model_name_or_path=str(folder)))) == []
+    if parts == 2 and shape in ("mistral", "tied"):
+        options = {"torch_dtype": None, "output_loading_info": True}
+        _, info = LlavaLlamaForCausalLM.from_pretrained(str(folder), **options)
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: shard(f)[1].unlink(), "names model-00002-of-00002.safetensors, not there; copy them all"),
+        (lambda f: cut(shard(f)[1]), "model-00002-of-00002.safetensors: cannot be read"),
+        (lambda f: shard(f)[1].write_bytes(shard(f)[0].read_bytes()), "lacks the tensor .+ that the index names in it"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        (lambda f: cut(f / "model.safetensors"), "model.safetensors: cannot be read"),
+        (
+            lambda f: (f / "model.safetensors").write_text("version https://git-lfs"),
+            "model.safetensors: cannot be read",
+        ),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: "),
+        (lambda f: settings_of(f, quantization_config={"quant_method": "gptq"}), "is quantized .gptq., which cannot"),
+        (lambda f: settings_of(f, vocab_size=9), "has the shape"),
+        (
+            lambda f: settings_of(f, mm_vision_tower="x", mm_projector_type="mlp2x_gelu"),
+            "has a projector that is mlp2x",
+        ),
+        (lambda f: settings_of(f, mm_vision_tower="x", mm_hidden_size=9), "its projector takes 9 features of a patch"),
+    ],
+    ids=range(11),
+)
+def test_a_damaged_language_model(run, mini, tmp_path, damage, message):
+    folder = shutil.copytree(mini.llm, tmp_path / "llm")
+    damage(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for stage, name in ((1, folder), (2, tmp_path / "link")):
+        found = list(check_run.problems(run(stage, model_name_or_path=str(name))))
+        assert found and re.search(message, found[0]), found
+        assert len(found) == 1 or "config.json" in message
+
+
+def shard(folder):
+    """Its weights in two files with an index."""
+    if (folder / "model.safetensors").exists():
+        sharded(folder)
+    return sorted(folder.glob("model-*"))
+
+
+def sharded(folder, safe=True):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_shards(folder, tensors, [sorted(tensors)[::2], sorted(tensors)[1::2]], safe)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def settings_of(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_tower_that_cannot_prepare_images(run, mini, tmp_path):
+    folder = shutil.copytree(mini.clip, tmp_path / "clip")
+    file = folder / "preprocessor_config.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps(before | {"crop_size": {"height": 7, "width": 7}}))
+    assert "makes images of 7 pixels, and the tower's config.json says" in check_run.image_features(
+        run(vision_tower=str(folder))
+    )
+    file.unlink()
+    (problem,) = check_run.problems(run(vision_tower=str(folder)))
+    assert "has no preprocessor_config.json, by which images are prepared" in problem
+
+
 def test_language_models_that_are_fine(run, mini, tmp_path):
     assert check_run.language_model(run(model_name_or_path="lmsys/vicuna-7b-v1.5")) is None  # on the hub
     beside = {
@@ -180,6 +296,7 @@ def test_a_vision_tower_that_is_not_what_it_is_taken_for(run, mini, tmp_path, co
         (projector(), {"mm_use_im_start_end": True}, "no embeddings of <im_start>.+--mm_use_im_start_end False"),
         (projector(layers=("0.", "2.")), {"mm_projector_type": "mlp2x_gelu"}, None),
         (projector(prefix="module.model.mm_projector."), {}, None),
+        (projector(prefix="base_model.model.model.mm_projector."), {}, None),
         (projector() | {"model.image_newline": torch.zeros(64)}, {}, None),
         (projector() | {"model.embed_tokens.weight": torch.zeros(2, 64)}, {"mm_use_im_start_end": True}, None),
     ],
@@ -232,9 +349,8 @@ def hub(tmp_path, monkeypatch):
     import huggingface_hub.hf_api
     from hub_server import HubServer
 
-    with HubServer(
-        public=[f"me/{name}" for name in ("llm", "clip", "shards", "bin", "wide")], private=["me/gated"]
-    ) as server:
+    public = ["me/llm", "me/shards", "me/bin", "me/wide", "openai/clip"]
+    with HubServer(public, private=["me/gated"]) as server:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         address = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -253,8 +369,8 @@ def publish(hub, name, folder, leave_out=()):
 
 def test_a_name_on_the_hub_is_checked_by_its_headers(run, mini, tmp_path, hub, capsys):
     publish(hub, "me/llm", mini.llm)
-    publish(hub, "me/clip", mini.clip)
-    named = {"model_name_or_path": "me/llm", "vision_tower": "me/clip"}
+    publish(hub, "openai/clip", mini.clip)
+    named = {"model_name_or_path": "me/llm", "vision_tower": "openai/clip"}
     for stage in (1, 2):
         assert list(check_run.problems(run(stage, **named))) == []
     fetched = [path.rsplit("/", 1)[1] for method, path, _ in hub.log if method == "GET" and "/resolve/" in path]
@@ -301,9 +417,9 @@ def test_without_a_network_the_cache_is_checked_and_the_rest_named(run, mini, tm
         huggingface_hub.hf_hub_download("me/llm", name)
     alone = functools.partial(huggingface_hub.hf_hub_download, local_files_only=True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", alone)
-    asked = run(model_name_or_path="me/llm", vision_tower="me/clip")
+    asked = run(model_name_or_path="me/llm", vision_tower="openai/clip")
     assert list(check_run.problems(asked)) == [] and asked.llm.folder
-    assert "HACL: --vision_tower me/clip: not checked, for it is not on this machine" in capsys.readouterr().out
+    assert "HACL: --vision_tower openai/clip: not checked, for it is not on this machine" in capsys.readouterr().out
     file = next((tmp_path / "cache").rglob("snapshots/*/model.safetensors"))
     tensors = without("layers.1.mlp.up_proj")(load_file(file))
     file.unlink()
