@@ -678,9 +678,8 @@ class CheckDataOptions:
 
     json: str | None = argument("LLaVA-format json or json lines, .gz or not", metavar="JSON", nargs="?")
     training: list[str] | None = option(
-        "last, and in place of JSON: look at a whole training. What follows are its own arguments, as in --run "
-        "scripts/pretrain_hacl.py --model_name_or_path ... (the script may be left out); LLM, tower, tokenizer, "
-        "template, projector, folders and data are checked as the training does it, and every problem is named",
+        "last, in place of JSON: a whole training by its own arguments, as --run scripts/finetune_hacl.py --data_path "
+        "... (script or not): models, template, projector, folders, data; every problem is named",
         flag="--run",
         nargs="...",
     )
@@ -708,41 +707,12 @@ def run(options: CheckDataOptions, training: "Run | None" = None, problems: Sequ
     """
     start, problems = time.time(), list(problems)
     options = options if training is None else _of_training(options, training)
-    plain = options.version in PLAIN
     if options.write and os.path.realpath(options.write) == os.path.realpath(options.json or ""):
         raise HaclError(f"--write {options.write}: is the file that is read; give another name.")
-    there = not options.images or os.path.isdir(options.images)
-    if training is None and not there:
-        raise HaclError(f"--images {options.images}: is no folder; give the one that the records' images are relative to.")
-    tokenizer = (options.tokenizer, options.version, options.max_length) if options.tokenizer else None
-    records, pad = [], options.image_aspect_ratio == "pad" if options.image_aspect_ratio else not plain
-    try:
-        if not options.json:
-            raise DataError(NO_DATA)
-        records = list_records(options.json)
-        if training is not None:
-            tokenizer = _tokens_of(training, records, problems)
-            there = there and not _lacks_folder(training.data, records)
-    except HaclError as error:
-        if training is None:
-            raise
-        problems.append(str(error))
-    found = find(
-        records,
-        options.images,
-        plain,
-        options.max_length,
-        full=not options.fast,
-        pad=pad,
-        workers=options.workers or cores(),
-        tokenizer=tokenizer,
-        ids=True,
-        progress=True,
-        images=there,
-    )
+    pad = options.version not in PLAIN
+    pad = options.image_aspect_ratio == "pad" if options.image_aspect_ratio else pad
+    records, found, there = _look(options, pad, training, problems)
     bad = {f.index for f in found if f.severity == "error"}
-    if records and tokenizer and training is not None and (refused := _nothing_to_learn(records, bad, training)):
-        problems.append(refused)
     counts = collections.Counter(f.kind for f in found)
     report = {
         "file": options.json,
@@ -776,6 +746,44 @@ def run(options: CheckDataOptions, training: "Run | None" = None, problems: Sequ
     except OSError as error:
         raise HaclError(f"{error.filename or options.output}: cannot be written ({error.strerror}).") from None
     return 2 if problems else 1 if bad else 0
+
+
+def _look(options, pad, training, problems):
+    """The records, what is found in them, and whether their images were looked for; adds to ``problems``."""
+    there, records = not options.images or os.path.isdir(options.images), []
+    if training is None and not there:
+        raise HaclError(
+            f"--images {options.images}: is no folder; give the one that the records' images are relative to."
+        )
+    tokenizer = (options.tokenizer, options.version, options.max_length) if options.tokenizer else None
+    try:
+        if not options.json:
+            raise DataError(NO_DATA)
+        records = list_records(options.json)
+        if training is not None:
+            tokenizer = _tokens_of(training, records, problems)
+            there = there and not _lacks_folder(training.data, records)
+    except HaclError as error:
+        if training is None:
+            raise
+        problems.append(str(error))
+    found = find(
+        records,
+        options.images,
+        options.version in PLAIN,
+        options.max_length,
+        full=not options.fast,
+        pad=pad,
+        workers=options.workers or cores(),
+        tokenizer=tokenizer,
+        ids=True,
+        progress=True,
+        images=there,
+    )
+    if records and tokenizer and training is not None:
+        bad = {f.index for f in found if f.severity == "error"}
+        problems += [refused for refused in [_nothing_to_learn(records, bad, training)] if refused]
+    return records, found, there
 
 
 def _of_training(options, run):
