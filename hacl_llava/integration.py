@@ -6,6 +6,7 @@ done its work by then; whatever itself imports llava.train.train waits for `inst
 
 import argparse
 import dataclasses
+import os
 import types
 from collections.abc import Sequence
 from functools import partial
@@ -115,10 +116,14 @@ def run_of(argv: Sequence[str]) -> Run:
     known, rest = first.parse_known_args(argv)
     own = _arguments(vars(stock).get(_STOCK, vars(stock)), stage == 1)
     parser = _parser(transformers.HfArgumentParser, (own, stock.DataArguments, stock.TrainingArguments))
+    environment = dict(os.environ)  # in which TrainingArguments notes what it is given
     try:
         model, data, training = parser.parse_args_into_dataclasses(rest)
     except HaclError as error:
         raise HaclError(f"--run: {error}; give the arguments of a training, as its script takes them.") from None
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
     training = types.SimpleNamespace(**{**vars(training), "deepspeed": known.deepspeed, "n_gpu": 1})
     data.hacl_run = RunSettings.from_arguments(model)
     return Run(model, data, training, stage, rehearsed=True)

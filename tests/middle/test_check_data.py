@@ -500,11 +500,14 @@ def of_stage(stage, mini, output, *more):
 def test_a_run_that_is_fine_is_rehearsed(mini, tmp_path, capsys, train_module, stage):
     script = ("scripts/pretrain_hacl.py", "--deepspeed", "zero_configs/zero2.json") if stage == 1 else ()
     argv = (*script, *of_stage(stage, mini, tmp_path / "out", "--bf16", "True"))
+    before = dict(os.environ)
     status, page, error = command(capsys, "--workers", 1, "--output", tmp_path / "report", "--run", *argv)
     assert (status, error) == (0, None) and "**32 can be used, 0 cannot.**" in page and "## " not in page
     assert f"for the template {'plain' if stage == 1 else 'v1'}; every image was opened" in page
     assert json.loads((tmp_path / "report/report.json").read_text())["problems"] == []
-    assert not (tmp_path / "out").exists() and train_module.ModelArguments.__mro__[1] is object  # as it was
+    assert (
+        os.environ == before and not (tmp_path / "out").exists() and train_module.ModelArguments.__mro__[1] is object
+    )  # as it was
 
 
 def test_the_shapes_of_mix665k_are_fine(mini, records, tmp_path, capsys, train_module):
@@ -564,7 +567,7 @@ def test_every_problem_of_a_run_is_named(mini, tmp_path, capsys, train_module, s
         capsys, "--run", *of_stage(1, mini, tmp_path / "out", "--data_path", tmp_path / "no.json")
     )
     assert status == 2 and "no.json: cannot be read" in page
-    status, page, _ = command(capsys, "--run", "--version", "plain", "--model_name_or_path", llm)
+    status, page, _ = command(capsys, "--run", "--version", "plain", "--model_name_or_path", llm, "--output_dir", "x")
     assert status == 2 and "--data_path is missing" in page and "give --vision_tower" in page
 
 
@@ -574,7 +577,10 @@ def test_every_problem_of_a_run_is_named(mini, tmp_path, capsys, train_module, s
         ((), "there is nothing to look at: give a JSON, or --run"),
         (("x.json", "--images", "y", "--run", "--version", "v1"), "JSON, --images: not beside --run"),
         (("--tokenizer", "y", "--run", "--version", "v1"), "--tokenizer: not beside --run"),
-        (("--run", "--no_such_flag", "3"), "--run: .+no_such_flag.+give the arguments of a training"),
+        (
+            ("--run", "--no_such_flag", "3", "--output_dir", "x"),
+            "--run: .+no_such_flag.+give the arguments of a training",
+        ),
         (("--run", "--num_train_epochs", "many"), "^--run: argument --num_train_epochs.+invalid float value"),
     ],
 )

@@ -358,7 +358,10 @@ def hub(tmp_path, monkeypatch):
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        renew = getattr(huggingface_hub.utils._http, "reset_sessions", lambda: None)  # older ones keep being offline
+        renew()
         yield server
+        renew()
 
 
 def publish(hub, name, folder, leave_out=()):
