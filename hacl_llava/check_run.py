@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .common.weights import CheckpointError, Weights, is_whole, read_json
+from .common.weights import CheckpointError, Weights, first_line, is_whole, read_json
 from .compat import STATE_FILE
 from .config import HaclConfig, HaclError, on_first_rank
 from .resume import ranks_of
@@ -129,6 +129,8 @@ def language_model(run: Run) -> str | None:
         )
     if problem := _not_there(flag, part, "the folder of a language model"):
         return problem
+    if part.folder and (problem := _beside_a_model(part.folder)):
+        return f"{flag}: {problem}."
     config, kind = part.config, part.config.get("model_type")
     if "text_config" in config and kind in ("llava", "llava_next"):
         return (
@@ -155,6 +157,37 @@ def language_model(run: Run) -> str | None:
 
     tied = ("lm_head.",) if config.get("tie_word_embeddings") else ()  # it may be there all the same
     return _misfit(flag, part, expected, (*_BESIDE, *tied))
+
+
+def _beside_a_model(folder):
+    """What transformers loads along with a model, and stumbles over."""
+    from transformers import GenerationConfig
+
+    if (folder / "adapter_config.json").exists():
+        return (
+            "holds a LoRA beside a whole model, which transformers would load with it; take the adapter_* files out, "
+            "or merge it (hacl-llava export --to llava --base LLM)"
+        )
+    try:
+        GenerationConfig.from_pretrained(str(folder))
+    except OSError:  # none, or no json: transformers goes on without it
+        return None
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error, 100)}"
+        return f"has a generation_config.json that transformers does not take ({what}); mend or remove it"
+    return None
+
+
+def context(run: Run) -> str | None:
+    """More tokens than the model has positions for are worth nothing, and nothing says so; it is advised against."""
+    config, length = run.llm.config, run.training.model_max_length
+    most, scaled = config.get("max_position_embeddings"), config.get("rope_scaling")
+    if isinstance(most, int) and length > most and not scaled:
+        warnings.warn(
+            f"--model_max_length {length}: {run.llm.name} was made for {most} tokens; longer rows are worth nothing.",
+            stacklevel=2,
+        )
+    return None
 
 
 def tower(run: Run) -> str | None:
@@ -222,6 +255,7 @@ def _misfit(flag, part, expected, beside):
 
     ``expected``: makes {name: tensor}; ``beside``: parts of names that may be there too, None: any.
     """
+    again = "copy all files of the model again, and leave config.json as it is"
     try:
         weights = part.weights
         if weights is None:
@@ -230,8 +264,9 @@ def _misfit(flag, part, expected, beside):
             wanted = expected()
     except CheckpointError as error:
         return f"{flag.split()[0]} {error}"
-    except Exception:  # a config that this transformers does not take: loading says so itself
-        return None
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error, 160)}"
+        return f"{flag}: has a config.json that this transformers makes no model of ({what}); {again}."
 
     def short(name):  # transformers 5 has no vision_model in between: neither in what it writes nor in its modules
         return name.removeprefix("vision_model.")
@@ -239,7 +274,6 @@ def _misfit(flag, part, expected, beside):
     stored = {short(name): name for name in weights}
     missing = [name for name in wanted if short(name) not in stored]
     more = [n for n in stored if beside and n not in wanted and not any(part in n for part in beside)]
-    again = "copy all files of the model again, and leave config.json as it is"
     if missing:
         return (
             f"{flag}: lacks {len(missing)} tensors that its config.json asks for, as {missing[0]!r}, which would be "
@@ -391,7 +425,7 @@ def earlier_stage2(run: Run) -> str | None:
 
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
     *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config, something_to_learn),
-    *(language_model, tower, image_features, projector),
+    *(language_model, context, tower, image_features, projector),
     *(image_folder, output_folder, earlier_stage1, earlier_stage2),
 )
 

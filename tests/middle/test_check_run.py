@@ -39,7 +39,7 @@ def run(tmp_path, mini):
         model |= {"tune_mm_mlp_adapter": stage == 1, "mm_projector_type": "linear", "mm_use_im_start_end": False}
         model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
         training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
-        training |= {"lora_enable": False, "freeze_mm_mlp_adapter": False}
+        training |= {"model_max_length": 512, "lora_enable": False, "freeze_mm_mlp_adapter": False}
         training |= {"max_steps": -1, "num_train_epochs": 1.0, "learning_rate": 1e-3}
         groups = model, {"image_folder": str(tmp_path)}, training
         for group in groups:
@@ -189,13 +189,20 @@ def test_models_as_they_are_published_are_not_refused(run, mini, tmp_path, shape
         (lambda f: (f / "config.json").write_text("{"), "config.json: "),
         (lambda f: settings_of(f, quantization_config={"quant_method": "gptq"}), "is quantized .gptq., which cannot"),
         (lambda f: settings_of(f, vocab_size=9), "has the shape"),
+        (lambda f: settings_of(f, hidden_act="none"), "a config.json that this transformers makes no model of"),
+        (lambda f: settings_of(f, rope_scaling={"type": "none"}), "a config.json that this transformers makes no mod"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a LoRA beside a whole model, which transfor"),
+        (
+            lambda f: (f / "generation_config.json").write_text('{"max_new_tokens": "x"}'),
+            "a generation_config.json that",
+        ),
         (
             lambda f: settings_of(f, mm_vision_tower="x", mm_projector_type="mlp2x_gelu"),
             "has a projector that is mlp2x",
         ),
         (lambda f: settings_of(f, mm_vision_tower="x", mm_hidden_size=9), "its projector takes 9 features of a patch"),
     ],
-    ids=range(11),
+    ids=range(15),
 )
 def test_a_damaged_language_model(run, mini, tmp_path, damage, message):
     folder = shutil.copytree(mini.llm, tmp_path / "llm")
@@ -335,6 +342,8 @@ def test_an_output_folder_with_another_kind_of_run(run, tmp_path, monkeypatch):
 def test_what_is_allowed_and_advised_against(run):
     with pytest.warns(UserWarning, match="the paper's ablation found"):
         check_run.check_run(run(2, use_hacl=True))
+    with pytest.warns(UserWarning, match="--model_max_length 9000: .+ was made for 2048 tokens"):
+        check_run.check_run(run(2, model_max_length=9000))
     with pytest.warns(UserWarning, match="starts with a random projector"):
         check_run.check_run(run(2, pretrain_mm_mlp_adapter=None))
 
