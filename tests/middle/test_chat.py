@@ -544,3 +544,19 @@ def test_a_stage_one_projector_gives_captions(mini, whole, picture, tmp_path):
         assert len(terminal.until(r"\n.*\n> $")) > 4
         terminal.type("/quit\n")
         assert terminal.ends() == 0
+
+
+def test_the_plain_prompt_begins_as_in_stage_one(mini, tmp_path):
+    """With BOS after HACL's stage 1, also for a tokenizer that adds none; stock LLaVA trains without it there."""
+    import transformers
+    from conftest import make_llm_of_today
+    from llava.conversation import conv_templates
+
+    from hacl_llava.checkpoints.prompts import prompt_ids
+
+    folder = make_llm_of_today(mini, tmp_path / "llm")
+    for path, stock in ((folder, [-200]), (mini.llm, [1, -200])):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), use_fast=False)
+        for hacl, want in ((None, stock), ({"weight": 1.0}, [tokenizer.bos_token_id, -200])):
+            config = types.SimpleNamespace(hacl=hacl)
+            assert prompt_ids([("What?", None)], conv_templates["plain"], tokenizer, config)[0].tolist() == want
