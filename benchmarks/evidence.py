@@ -23,9 +23,9 @@ from hacl_llava.miniature import models, world
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).with_name("hacl-llava")
-# A step with a learning rate of 0 leaves the projector as it was made. It is there for the analysis alone.
+# A step with a learning rate of nearly 0 leaves the projector as it was made. It is there for the analysis alone.
 RUNS = {
-    "untrained": {"--use_hacl": False, "--max_steps": 1, "--learning_rate": 0.0},
+    "untrained": {"--use_hacl": False, "--max_steps": 1, "--learning_rate": 1e-30},
     "plain": {"--use_hacl": False},
     "hacl": {f"--hacl_{name}": value for name, value in {**SETTINGS, "weight": 0.1}.items()},
 }

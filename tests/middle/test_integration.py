@@ -135,6 +135,9 @@ def test_bad_input_ends_with_one_line(monkeypatch, capsys, mini, tmp_path, recor
     )
     assert "nowhere.png, which does not exist" in message([{**records[0], "image": "nowhere.png"}])
     assert "hacl_temperature is 7.0" in message(records, "--hacl_temperature", 7)
+    prompt = ("--hacl_representation", "prompt", "--hacl_prompt")
+    assert "has the special tokens ['</s>']" in message(records, *prompt, "in </s>")
+    assert "hacl_prompt is 100 tokens, allowed are 1 to 64" in message(records, *prompt, "@" * 98 + "!")
     assert "tf32" in message(records, "--tf32", "True")  # the Trainer's own refusal, where there is no such GPU
     assert "give --vision_tower" in fails_without_tower(monkeypatch, capsys, mini, tmp_path)
     assert "--image_folder nowhere: is no folder" in message(records, "--image_folder", "nowhere")

