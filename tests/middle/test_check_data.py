@@ -18,7 +18,7 @@ import torch
 from bad_data import CASES, make
 from conftest import arguments, make_llm_of_today
 
-from hacl_llava import check_data, cli
+from hacl_llava import check_data, cli, integration
 from hacl_llava.config import HaclError
 from hacl_llava.data import (
     BadRecords,
@@ -587,6 +587,31 @@ def test_every_problem_of_a_run_is_named(mini, tmp_path, capsys, train_module, s
 def test_what_is_no_run_is_refused(capsys, argv, message):
     status, _, error = command(capsys, *argv)
     assert status == 2 and re.search(message, error), error
+
+
+def test_a_sample_of_which_more_than_half_does_not_fit_the_template_is_refused(monkeypatch, mini, tmp_path, capsys):
+    """One half is trained on, and said: rows of odd words are masked in stock LLaVA, too."""
+    (tmp_path / "x.json").write_text("[]")
+    argv = of_stage(2, mini, tmp_path / "out", "--data_path", tmp_path / "x.json")
+    asked = integration.run_of(list(map(str, argv)))
+    bad = [("masked", "record 0: tokenization mismatch: 3 vs. 4")]
+    monkeypatch.setattr(check_data.TokenCheck, "__call__", lambda self, record: bad if record else [])
+    assert check_data._without_labels([1, 0], [0, 1], asked) is None
+    assert "1 of 2 records of a sample have no label" in capsys.readouterr().out
+    refused = str(check_data._without_labels([1, 1, 0], [0, 1, 2], asked))
+    assert "2 of 3 records that were looked at have no label" in refused and "--model_max_length" in refused
+
+
+def test_a_tokenizer_without_eos_or_with_tokens_beyond_the_embedding(mini, tmp_path):
+    folder = shutil.copytree(mini.llm, tmp_path / "llm")
+    with pytest.raises(HaclError, match=r"tokenizer's eos \(2\) are beyond the model's 2 rows"):
+        check_data.TokenCheck(str(folder), "plain", 512, rows=2)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            values = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({**values, "eos_token": None}))
+    with pytest.raises(HaclError, match="has no EOS token, with which captions end"):
+        check_data.TokenCheck(str(folder), "plain", 512)
 
 
 def test_chatml_and_a_tokenizer_without_bos(monkeypatch, capsys, mini, tmp_path, train_module):

@@ -313,6 +313,9 @@ def test_a_projector_that_is_none_or_another_kind(run, tmp_path, tensors, flags,
     for stage in (1, 2):
         other = run(stage, pretrain_mm_mlp_adapter=str(tmp_path / "other.bin"), **flags)
         assert check_run.projector(other) is None if message is None else re.search(message, check_run.projector(other))
+    (tmp_path / "other.safetensors").touch()
+    safe = check_run.projector(run(2, pretrain_mm_mlp_adapter=str(tmp_path / "other.safetensors")))
+    assert "is safetensors, and LLaVA reads it with torch.load; give a .bin" in safe
     (tmp_path / "other.bin").write_bytes(b"no weights")
     assert "other.bin" in check_run.projector(run(2, pretrain_mm_mlp_adapter=str(tmp_path / "other.bin")))
 
