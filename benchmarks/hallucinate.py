@@ -24,7 +24,7 @@ from hacl_llava.common.report import provenance, table
 from hacl_llava.hallucinate import Item
 from hacl_llava.hallucinate.checks import Meaning
 from hacl_llava.hallucinate.lexicon import article, lexicon
-from hacl_llava.hallucinate.rules import RulesSource
+from hacl_llava.hallucinate.source import RulesSource
 from hacl_llava.records import stream_records
 
 HERE = Path(__file__).parent
@@ -135,7 +135,9 @@ def compare(source, target):
 def sample(count=40, seed=0):
     """Random human captions with what the rules make of them, as a Markdown table; nothing chosen, nothing edited."""
     human = [record["conversations"][1]["value"] for _, record in stream_records(COCO)]
-    answers = RulesSource(seed=seed).answers(Item(i, "", c) for i, c in enumerate(human))
+    source, items = RulesSource(seed=seed), [Item(i, "", c) for i, c in enumerate(human)]
+    source.balance(items)
+    answers = source.answers(items)
     made = [(human[a.index], *a.captions[0]) for a in answers if a.captions]
     rows = random.Random(seed).sample(made, count)
     head = ("kind", "caption (human)", "hallucinated caption (rules)")

@@ -1,13 +1,15 @@
 """Hallucinated captions for LLaVA-format data: candidates, checks, the choice among them, the resumable run.
 
-Candidates come from `rules`, from a model behind an endpoint (`prompts`, `api`) or from files of its results (`batch`);
-`checks` refuses, `choice` takes, `run` keeps a journal and writes the file.
+Candidates come from `rules`, from a model behind an endpoint (`prompts`, `api`) or from files of its results
+(`batch`); `checks` refuses, `blind` chooses so that the words alone tell nothing, `run` keeps a journal and writes the
+file, `audit` measures any such file.
 
 A source is an object with ``answers(items)``: it takes an iterable of `Item` and yields one `Answer` for each, in any
 order, as each is ready; a source that has to stop early (a spending cap) yields fewer and says why in ``stopped``.
 """
 
-from typing import NamedTuple
+import hashlib
+from typing import Any, NamedTuple
 
 # What a hallucinated caption gets wrong: the kinds that the paper's prompt names ("existence of objects", "quantity,
 # properties, and locations").
@@ -20,6 +22,7 @@ class Item(NamedTuple):
     ``index``: position of its record in the input, from 0. ``name``: how messages name the record. ``caption``: its
     text. ``others``: other captions of the same image, of which a hallucinated caption must not be true. ``wanted``:
     the kinds asked for, one for each hallucinated caption; a source that cannot make a kind may give another.
+    ``enough``: how many will do, so that nothing is paid for asking again; None: as many as are wanted.
     """
 
     index: int
@@ -27,6 +30,7 @@ class Item(NamedTuple):
     caption: str
     others: tuple = ()
     wanted: tuple = ("existence",)
+    enough: int | None = None
 
 
 class Answer(NamedTuple):
@@ -44,3 +48,8 @@ class Answer(NamedTuple):
     failed: bool = False
     rejected: dict = {}
     usage: dict = {}
+
+
+def chance(*key: Any) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") / 2**64

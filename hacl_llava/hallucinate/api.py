@@ -133,7 +133,7 @@ class Asking:
         if work.unread and reply.cut:
             work.reason += f" (the answer stopped at {self._limit(work)} tokens; max_output_tokens allows more)"
             work.cut += 1
-        return not work.missing() or work.attempt >= self.settings.attempts
+        return not work.lacks() or work.attempt >= self.settings.attempts
 
 
 class ApiSource(Asking):

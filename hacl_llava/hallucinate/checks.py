@@ -211,11 +211,12 @@ class Checker:
     def __init__(self, ratio: tuple[float, float] = RATIO) -> None:
         self.ratio = ratio
 
-    def problem(self, item: Item, candidate: str, taken: Iterable[str] = ()) -> str | None:
+    def problem(self, item: Item, candidate: str, taken: Iterable[str] = (), sure: bool = False) -> str | None:
         """Why ``candidate`` may not stand as a hallucinated caption of ``item``, or None if it may.
 
         Args:
-            item: the `Item`. candidate: the text. taken: texts already taken for this item.
+            item: the `Item`. candidate: the text. taken: texts already taken for this item. sure: it is known to say
+                something else than the caption ("a dog" for "two dogs", which the words alone do not tell).
 
         Returns:
             "empty", "chatter", "another language", "same as the caption", "duplicate", "caption of the same image",
@@ -246,9 +247,9 @@ class Checker:
         if len(kept) > 3 and len(kept & set(_pieces(key))) < KEPT * len(kept):
             return "unrelated"
         new = self._says_new(said, now)
-        if new is None:
+        if new is None and not sure:
             return "paraphrase"
-        if item.others and self._supported(new, item.others):
+        if new and item.others and self._supported(new, item.others):
             return "true of another caption"
         return None
 
@@ -286,8 +287,6 @@ class Checker:
     @staticmethod
     def _supported(new, others):
         """Whether each new word is also in another caption of the image."""
-        if not new:
-            return False
         words = lexicon()
         meanings = [_meaning(o) for o in others]
         known = frozenset().union(*(m.words for m in meanings))

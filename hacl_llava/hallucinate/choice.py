@@ -29,6 +29,11 @@ class Work:
             left.remove(kind if kind in left else left[0])
         return tuple(left)
 
+    def lacks(self) -> bool:
+        """Whether it is to be asked for again."""
+        enough = self.item.enough
+        return bool(self.missing()) and (enough is None or len(self.got) < enough)
+
     def read(self, text: str, checker: Checker) -> bool:
         """Take from a model's answer what passes the checks; True if it declines.
 
@@ -64,8 +69,8 @@ class Work:
 
     def answer(self, reason: str | None = None, failed: bool = False) -> Answer:
         """The `Answer`; ``reason``: why something is missing, ``failed``: nothing was learnt, if nothing was got."""
-        got, wanted = len(self.got), len(self.item.wanted)
-        reason = None if got == wanted else reason or self.reason
+        got, wanted = len(self.got), self.item.enough or len(self.item.wanted)
+        reason = None if got >= wanted else reason or self.reason
         reason = f"{got} of {wanted}: {reason}" if got and reason else reason
         captions, usage = tuple(self.got), dict(self.usage)
         return Answer(self.item.index, captions, reason, failed and not got, dict(self.rejected), usage)

@@ -17,9 +17,9 @@ from .api import ApiSource, Asking, dollars, estimate
 from .batch import ResultFiles, run_id, write_requests
 from .checks import Checker
 from .prompts import Prompt, Settings, read_settings
-from .report import write_report
-from .rules import RulesSource
-from .run import EXIT_INCOMPLETE, Run
+from .report import write_audit, write_report
+from .run import EXIT_INCOMPLETE, SEVERAL, Run
+from .source import RulesSource
 
 SOURCES = ("rules", "api")
 GONE = {
@@ -63,7 +63,12 @@ class HallucinateOptions:
     """
 
     input: str = argument("LLaVA-format json or json lines, .gz or not", metavar="INPUT")
-    output: str = argument("with hallucinated captions; .json, .jsonl, .gz by its name", metavar="OUTPUT")
+    output: str | None = argument(
+        "with hallucinated captions; .json, .jsonl, .gz by its name; without it --report measures INPUT, any file of "
+        "hallucinated captions",
+        metavar="OUTPUT",
+        nargs="?",
+    )
     source: list[tuple[str, float]] | None = _asked(
         "rules (no network, no model; the default), api (an OpenAI-compatible endpoint, your own vLLM or Ollama too); "
         "give it again to mix: --source rules=0.3 --source api=0.7",
@@ -78,6 +83,15 @@ class HallucinateOptions:
         nargs="+",
         metavar="KIND[=WEIGHT]",
     )
+    choose: str | None = _asked(
+        "among several candidates for each so that text alone does not tell them from true captions, or any (default: "
+        "blind for rules, random for api)",
+        choices=("blind", "random"),
+    )
+    likelihood_model: str | None = _asked(
+        "a causal language model: no candidates that it finds far less likely than the caption (with blind)",
+        metavar="PATH",
+    )
     seed: int = _asked("of every random choice", 0)
     prompt_file: str | None = _asked(
         "system prompt in place of the paper's (text), or prompt, examples, temperature, attempts, price, max_cost, "
@@ -89,7 +103,7 @@ class HallucinateOptions:
     bad_records: str = _going("those without a caption", "refuse", choices=("refuse", "skip"))
     replace: bool = _going("rewrite records that have hallucinated captions, too", False)
     restart: bool = _going("throw an earlier run's answers away and replace OUTPUT", False)
-    report: bool = _going("write OUTPUT's .report.md, .json and .png beside it", False)
+    report: bool = _going("measure OUTPUT: .report.md, .json and .png beside it", False)
     dry_run: bool = _going("read the input, estimate tokens and cost, and stop", False)
     model: str | None = _api("the model's name at the endpoint", metavar="NAME")
     base_url: str | None = _api("of vLLM, SGLang or Ollama, say (default: OpenAI's)", metavar="URL")
@@ -109,6 +123,8 @@ def _depends(options: HallucinateOptions, sources, types, settings):
         "length_ratio": list(settings.length_ratio),
         "replace": options.replace,
     }
+    if blind := _blind(options, sources):
+        depends |= {"choose blind": blind, "likelihood_model": options.likelihood_model}
     if "rules" in sources:
         depends["vocabulary"] = lexicon.digest()
     if "api" in sources:
@@ -118,7 +134,16 @@ def _depends(options: HallucinateOptions, sources, types, settings):
     return depends
 
 
+def _blind(options: HallucinateOptions, sources):
+    """Names of the sources among whose candidates the choice is blind."""
+    return [name for name in sources if options.choose == "blind" or name == "rules" and options.choose is None]
+
+
 def _check(options: HallucinateOptions, sources):
+    if options.output is None:
+        raise HaclError("OUTPUT is missing: give the name of the json to write, or --report to measure INPUT as it is.")
+    if options.likelihood_model and not _blind(options, sources):
+        raise HaclError("--likelihood-model is for --choose blind.")
     if "api" in sources and not options.model:
         raise HaclError("--source api needs --model.")
     given = [name for name in ("model", "write_requests", "read_results") if getattr(options, name)]
@@ -130,13 +155,13 @@ def _check(options: HallucinateOptions, sources):
         raise HaclError("--types: every weight is 0; give one kind at least a weight above 0.")
 
 
-def _sources(options: HallucinateOptions, sources, types, settings, run=None):
+def _sources(options: HallucinateOptions, sources, types, settings, run=None, likelihood=None):
     """{name: (share, source)}; without a run, to have wrong settings refused."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     journal, made, checker = run and run.journal, {}, Checker(settings.length_ratio)
     for name, share in sources.items():
         if name == "rules":
-            made[name] = share, RulesSource(types, options.seed, checker, options.workers or cores)
+            made[name] = share, RulesSource(types, options.seed, checker, options.workers or cores, likelihood)
             continue
         more = {"checker": checker, "settings": settings, "seed": options.seed}
         more["spent"] = dict(journal.usage.get("api", {})) if journal else {}
@@ -159,8 +184,15 @@ def _sources(options: HallucinateOptions, sources, types, settings, run=None):
     return made
 
 
+def _balance(options: HallucinateOptions, run, sources):
+    """Let the rules choose blindly, if they have anything left to do."""
+    if "rules" in _blind(options, sources) and run.remaining(run.split(sources)["rules"]):
+        print("rules: the choice is balanced first, from a sample of the captions.", flush=True)
+        sources["rules"][1].balance(run.every())
+
+
 def _write_requests(options: HallucinateOptions, run, sources):
-    items = run.items(run.split(sources)["api"])
+    items = run.items(run.split(sources)["api"], several="api" in run.several)
     asking = sources["api"][1]
     files, count = write_requests(asking, items, options.write_requests, run_id(run.header), run.journal.tries)
     print(f"{count} requests: {', '.join(files) or 'no file, nothing is left to ask'}.")
@@ -172,6 +204,9 @@ def _write_requests(options: HallucinateOptions, run, sources):
 
 def run(options: HallucinateOptions) -> int:
     """Run the command. Exit status 0: every record was seen to; 1: some are left, and the same command goes on."""
+    if options.output is None and options.report:
+        print(f"report: {write_audit(options.input, options.seed, _likelihood(options), _command(options))}")
+        return 0
     sources = {}
     for name, share in options.source or [("rules", 1.0)]:
         sources[name] = sources.get(name, 0) + share
@@ -189,6 +224,7 @@ def run(options: HallucinateOptions) -> int:
         per_caption=options.per_caption,
         types=types,
         seed=options.seed,
+        several={name for name in _blind(options, sources) if name != "rules"},
         bad_records=options.bad_records,
         replace=options.replace,
         limit=options.limit,
@@ -205,22 +241,38 @@ def run(options: HallucinateOptions) -> int:
         return 0
     with run.open() as journal:
         cost = functools.partial(dollars, price=settings.price) if settings.price else None
-        made = _sources(options, sources, types, settings, run)
+        likelihood = _likelihood(options)
+        made = _sources(options, sources, types, settings, run, likelihood)
         if options.write_requests:
             return _write_requests(options, run, made)
         try:
+            _balance(options, run, made)
             stopped = run.ask(made, cost)
         except KeyboardInterrupt:
             done = sum(d == 1 for d in journal.done)
             print(f"\nstopped; {done} answers are safe in {journal.path}. The same command goes on.", file=sys.stderr)
             return 130
+        run.balance(likelihood)
         run.assemble()
         found = run.summary()
         _say(options, cost, found, stopped)
         if options.report:
-            words = sys.argv[1:] if sys.argv[1:2] == ["hallucinate"] else ["hallucinate", options.input, options.output]
-            print(f"report: {write_report(run, found, 'hacl-llava ' + shlex.join(words))}")
+            print(f"report: {write_report(run, found, _command(options), likelihood)}")
     return EXIT_INCOMPLETE if found["failed"] or found["to do"] and options.limit is None else 0
+
+
+def _likelihood(options: HallucinateOptions):
+    if not options.likelihood_model:
+        return None
+    from .likelihood import Likelihood  # torch
+
+    return Likelihood(options.likelihood_model)
+
+
+def _command(options: HallucinateOptions):
+    given = [options.input, *([options.output] if options.output else ["--report"])]
+    words = sys.argv[1:] if sys.argv[1:2] == ["hallucinate"] else ["hallucinate", *given]
+    return "hacl-llava " + shlex.join(words)
 
 
 def _estimate(options: HallucinateOptions, sources, survey, settings):
@@ -233,7 +285,8 @@ def _estimate(options: HallucinateOptions, sources, survey, settings):
         if name != "rules":
             characters = round(survey.characters * share / total)
             prompt = Prompt(settings.prompt, settings.examples)
-            found = estimate(prompt, items, characters, items * options.per_caption, settings.price)
+            each = options.per_caption * (SEVERAL if name in _blind(options, sources) else 1)
+            found = estimate(prompt, items, characters, items * each, settings.price)
             line += f", {found['input']} tokens in and {found['output']} out (estimated at 4 characters a token)"
             if found["dollars"] is not None:
                 line += f", $ {found['dollars']:.2f} at {settings.price[0]:g} and {settings.price[1]:g} per million"

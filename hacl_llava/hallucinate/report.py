@@ -1,18 +1,23 @@
-"""How good the hallucinated captions of a run are, as far as words can tell: Markdown and a picture."""
+"""How good hallucinated captions are, of a run or of any file, as far as words can tell: Markdown and a picture."""
 
 import json
 import os
 import statistics
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..common.files import write_text
-from ..common.report import COLOURS, as_markdown, pyplot, save
+from ..common.report import COLOURS, as_markdown, dots, figure, plain, pyplot, save
 from ..config import HaclError
 from ..records import caption_of, name_of, stream_records
-from . import KINDS
+from . import KINDS, chance
+from .audit import FOLDS, audit, read_pairs
 from .checks import length, normal
-from .run import Run, chance
+from .run import Run
+
+if TYPE_CHECKING:
+    from .likelihood import Likelihood
 
 _EXAMPLES = 10  # of each kind
 
@@ -35,7 +40,7 @@ def measure(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     for index, (_, record) in enumerate(stream_records(run.source)):
         if run.survey.skip.get(index) == "bad record":
             continue
-        entry, caption = run.journal.entry(index), caption_of(record)
+        entry, caption = run.entry(index), caption_of(record)
         captions_seen.add(hash(normal(caption)))
         if not entry or not entry["captions"]:
             reason = entry["reason"] if entry else run.survey.skip.get(index, "not asked for yet")
@@ -101,6 +106,7 @@ def _page(found, picture, command):
     ]
     yield "table", ("", "count"), rows
     yield "picture", picture, "kinds, length ratios, refusals"
+    yield from _told(found["audit"])
     yield "heading", 2, "By kind and source"
     rows = [(s, *(row.get(k, 0) for k in KINDS), sum(row.values())) for s, row in found["kinds_by_source"].items()]
     yield "table", ("source", *KINDS, "all"), rows
@@ -119,13 +125,121 @@ def _page(found, picture, command):
             yield "table", ("caption", "hallucinated caption", "source"), found["examples"][kind]
 
 
+def _told(found):
+    """What the words alone tell, as blocks of the page."""
+    yield "heading", 2, "What text alone tells"
+    if "blind" not in found:
+        yield "text", found["without"]
+        return
+    yield (
+        "text",
+        "Blind accuracy: the share of pairs (caption, hallucinated caption) that a classifier of words and characters "
+        "orders rightly without the image, over images that it was not trained on; .5 is chance. "
+        f"{found['pairs']} pairs of {found['captions']}.",
+    )
+    measures = [("blind accuracy", found["blind"])]
+    if "likelihood" in found:
+        measures.append(("the language model prefers the caption", found["likelihood"]))
+    rows = [
+        (name, part, each["pairs"], figure(each if "value" in each else None))
+        for name, measure in measures
+        for part, each in (("all", measure["all"]), *measure["kinds"].items(), *measure["sources"].items())
+    ]
+    yield "table", ("", "of", "pairs", "share [95 % interval]"), rows
+    quartiles = [(name, *(f"{v:.2f}" for v in found[key])) for name, key in _SIZES]
+    yield "table", ("", "lower quartile", "median", "upper quartile"), quartiles
+    for key, said in (("hardest", "Hardest to tell"), ("easiest", "Easiest to tell")):
+        yield "heading", 3, said
+        yield "table", ("margin", "kind", "caption", "hallucinated caption"), found[key]
+
+
+_SIZES = (("length ratio (tokens)", "length_ratio"), ("words changed", "edit_size"))
+
+
+def _audited(path, seed, likelihood, source_of=None):
+    """What `audit` finds in a file, with {"records", "captions", "pairs"}; {"without": why} where it finds nothing."""
+    pairs, counts = read_pairs(path, seed)
+    counts |= {"pairs": len(pairs)}
+    preference = None
+    if likelihood is not None:
+        values = iter(likelihood.of([text for p in pairs for text in (p.caption, p.text)]))
+        preference = [true - false for true, false in zip(values, values)]
+    sources = [source_of(p.index) for p in pairs] if source_of else None
+    if len({p.image for p in pairs}) < FOLDS:
+        return counts | {"without": f"Not measured: there are pairs of fewer than {FOLDS} images."}
+    return counts | audit(pairs, sources, preference)
+
+
+def _dots(axis, found):
+    """Blind accuracy over all and by kind, with its intervals."""
+    rows = {"all": found["blind"]["all"], **found["blind"]["kinds"]} if "blind" in found else {}
+    series = {"blind accuracy": rows}
+    if "likelihood" in found:
+        series["language model"] = {"all": found["likelihood"]["all"], **found["likelihood"]["kinds"]}
+    if not rows:
+        axis.set_axis_off()
+        return
+    handles = dots(axis, list(rows), series)
+    axis.axvline(0.5, color="black", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(rows)), [plain(row) for row in rows])
+    axis.set(title="What text alone tells", xlabel="share ordered rightly (dashed: chance)", xlim=(0.3, 1))
+    if len(handles) > 1:
+        axis.legend(handles=list(handles.values()), loc="lower right")
+
+
+def write_audit(path: str, seed: int = 0, likelihood: "Likelihood | None" = None, command: str = "") -> str:
+    """Measure any file of hallucinated captions: ``.report.md``, ``.report.json``, ``.report.png`` beside it.
+
+    Args:
+        path: of the file; see `read_pairs`. seed: of the sample that is measured. likelihood: a language model to ask,
+            too. command: shown in the report.
+
+    Returns:
+        The path of the Markdown.
+
+    Raises:
+        HaclError: there is nothing to measure, or the report cannot be written.
+    """
+    plt, found, stem = pyplot(), _audited(path, seed, likelihood), _stem(path) + ".report"
+    if "blind" not in found:
+        raise HaclError(f"{path}: {found['without']}")
+    found |= {"command": command, "version": __version__}
+    drawing, axes = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
+    _dots(axes[0], found)
+    low, high = found["margins_range"]
+    width = (high - low) / len(found["margins"]) or 1
+    centres = [low + (i + 0.5) * width for i in range(len(found["margins"]))]
+    axes[1].bar(centres, found["margins"], width=width, color=COLOURS[0])
+    axes[1].axvline(0, color="black", linestyle="--", linewidth=1)
+    axes[1].set(title="How surely", xlabel="log odds for the true caption", ylabel="pairs")
+    share = _share(found["with hallucinated captions"], found["records"])
+    page = [
+        ("heading", 1, f"Hallucinated captions of {os.path.basename(path)}"),
+        ("code", command),
+        ("text", f"{share} of {found['records']} records have hallucinated captions."),
+        ("picture", os.path.basename(stem) + ".png", "blind accuracy, margins"),
+        *_told(found),
+    ]
+    _write(stem, found, page, drawing)
+    return stem + ".md"
+
+
+def _write(stem, found, page, drawing):
+    try:
+        save(drawing, stem + ".png")
+        write_text(stem + ".json", json.dumps(found, indent=1, ensure_ascii=False))
+        write_text(stem + ".md", as_markdown(page))
+    except OSError as error:
+        raise HaclError(f"{stem}.*: cannot be written ({error.strerror or error}).") from None
+
+
 def _counted(head, counts):
     return ("table", head, counts.most_common()) if counts else ("text", "None.")
 
 
-def _picture(found, path):
+def _picture(found):
     plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    drawing, axes = plt.subplots(1, 4, figsize=(17, 3.8), constrained_layout=True)
     bottom = [0] * len(KINDS)
     for (source, row), colour in zip(found["kinds_by_source"].items(), COLOURS):
         heights = [row.get(k, 0) for k in KINDS]
@@ -146,10 +260,11 @@ def _picture(found, path):
     if not reasons:
         axes[2].set_yticks([])
         axes[2].text(0.5, 0.5, "none was", ha="center", transform=axes[2].transAxes)
-    save(figure, path)
+    _dots(axes[3], found["audit"])
+    return drawing
 
 
-def write_report(run: Run, summary: dict[str, Any], command: str) -> str:
+def write_report(run: Run, summary: dict[str, Any], command: str, likelihood: "Likelihood | None" = None) -> str:
     """Write the report of a run beside its target: ``.report.md``, ``.report.json``, ``.report.png``.
 
     Returns:
@@ -158,14 +273,13 @@ def write_report(run: Run, summary: dict[str, Any], command: str) -> str:
     Raises:
         HaclError: it cannot be written.
     """
+
+    def source_of(index):
+        return (run.entry(index) or {}).get("source", "before")
+
     found, stem = measure(run, summary), _stem(run.target) + ".report"
-    try:
-        _picture(found, stem + ".png")
-        for ending, text in (
-            (".json", json.dumps(found, indent=1, ensure_ascii=False)),
-            (".md", as_markdown(_page(found, os.path.basename(stem) + ".png", command))),
-        ):
-            write_text(stem + ending, text)
-    except OSError as error:
-        raise HaclError(f"{stem}.*: cannot be written ({error.strerror or error}).") from None
+    found["audit"] = {"without": "Nothing to measure."}
+    if found["captions"]:
+        found["audit"] = _audited(run.target, run.seed, likelihood, source_of)
+    _write(stem, found, _page(found, os.path.basename(stem) + ".png", command), _picture(found))
     return stem + ".md"

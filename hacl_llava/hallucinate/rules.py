@@ -1,39 +1,38 @@
-"""The source ``rules``: hallucinated captions by rewriting words, with no network and no model.
+"""Hallucinated captions by rewriting words, with no network and no model.
 
 A caption is tokenised, its nouns are found, and each kind of hallucination is a set of places where it can be changed:
 
 - existence: a noun becomes another of its group, more likely one seen where the caption's other things are; or such a
   thing is added;
-- attribute: a colour, material, size, state, posture ... becomes another that excludes it, or an odd colour is added;
-- quantity: a number, "a", "several" or a bare plural becomes another number, and the words that agree with it follow;
-- location: a relation ("on top of") becomes one that excludes it, a place becomes another place, or is added.
+- attribute: a colour, material, size, state, posture ... becomes another that excludes it, two things exchange theirs,
+  or a colour is added;
+- quantity: a number, "a", "several", "a group of" or a bare plural becomes another, either way, and the words that
+  agree with it follow; numbers are read exactly, so that "a dog" is false of two dogs;
+- location: a relation ("on top of") becomes one that excludes it, its two things change places, a place becomes another
+  place, or is added.
+
+What takes a word's place is drawn by how often it stands beside the same words in the captions that are rewritten
+(`counts`). One candidate in three leaves out an adjective or the phrase at the end as well, as others add some.
 
 English only. Everything outside the changed words stays as it was.
 """
 
-import collections
+import bisect
 import functools
-import gc
 import hashlib
 import itertools
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
-from ..config import HaclError
-from ..records import unblock
-from . import KINDS, Answer, Item
+from . import KINDS, Item
 from .checks import RATIO, Checker, length
+from .counts import Counts
 from .lexicon import (
     DETERMINERS,
     FUNCTION,
     NEGATIONS,
     NUMBER,
-    NUMBERS,
     PEOPLE,
     PLURAL_ONLY,
     PREPOSITIONS,
@@ -44,7 +43,7 @@ from .lexicon import (
     plural,
 )
 
-BLOCK = 256  # records over which the kinds are balanced
+MOST, MORE = 16, 8  # candidates of a caption to choose one among; for each further one
 LONGEST = 10_000  # characters of a caption; LLaVA's context is shorter
 CHARACTERS = (0.7, 1.4)  # length in characters, beside the checker's ratio in words; given up if nothing else is left
 
@@ -141,9 +140,22 @@ _COLOURED = frozenset(
     "opening".split(",")
 )
 _ANIMATE = PEOPLE | frozenset(("animal", "pet", "farm animal", "wild animal", "bird", "stand-in"))
-_ODD_COLOURS = ("purple", "pink", "turquoise", "orange", "maroon", "golden", "yellow", "lavender")
+_OF_THINGS = frozenset("colour pattern material size".split())  # attributes that two things can exchange
+# What holds one way only: "a dog behind a cat" is false where "a cat behind a dog" is true.
+_ONE_WAY = frozenset(
+    "behind,in front of,on top of,above,below,under,underneath,beneath,on the left of,on the right of,to the left of,"
+    "to the right of,chasing,following,leading,watching,facing,looking at,holding,riding,pulling,carrying,towing".split(
+        ","
+    )
+)
 _PLACES = ("room", "venue", "nature", "surface", "stop")
-_VAGUE = {"several": "two", "many": "two", "multiple": "two", "numerous": "two", "various": "two", "some": "a dozen"}
+_VAGUE = frozenset("several many multiple numerous various some".split())
+_OF_SEVERAL = frozenset(
+    "their they them themselves each other others another together both all one between among row rows line lines "
+    "various different same hugging kissing hands side team competing playing dressed either neither".split()
+)
+_BORNE = frozenset("on in wearing riding holding carrying".split())
+_WORN = frozenset("upper wear,skirt,headwear,accessory,bag,ride,road vehicle".split(","))
 _GROUPS_OF = (
     "group",
     "bunch",
@@ -159,29 +171,48 @@ _GROUPS_OF = (
     "series",
     "set",
 )
-_COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "ten")
+_MANY = ("four", "five", "six", "seven", "eight")
+# What says how many, and what cannot be true at once with it ("dogs" and "two dogs" can). "" is a bare plural.
+_OTHER_THAN = {
+    "a": ("two", "three", *_MANY, "several", "many", "a few", "some", "a group of", "a couple of", ""),
+    "": ("a",),
+    "two": ("a", "three", *_MANY, "several", "many", "a group of"),
+    "several": ("a", "two", "a couple of"),
+    "a few": ("a", "two", "many"),
+    "a group of": ("a", "two", "a couple of"),
+    "a couple of": ("a", "three", *_MANY, "several", "many", "a group of"),
+    **{n: ("a", *(m for m in ("two", "three", *_MANY) if m != n)) for n in ("three", *_MANY, "nine", "ten", "eleven")},
+}
+_OTHER_THAN |= {str(NUMBER[n]): tuple(o for o in _OTHER_THAN[n] if o in NUMBER) for n in _OTHER_THAN if n in NUMBER}
 _SINGULAR_VERBS = {"is": "are", "was": "were", "has": "have", "does": "do", "isn't": "aren't"}
+_PLURAL_VERBS = {many: one for one, many in _SINGULAR_VERBS.items()}
 _PICTURES = frozenset("photo photos photograph photography picture image drawing illustration film".split())
 _CLAUSE_ENDS = frozenset(", . ; : while as that which who where when ( )".split())
 
 
-class _Dice:
+class Dice:
     """A stream of choices that depends on nothing but its key; far cheaper to start than random.Random."""
 
-    def __init__(self, key):
+    def __init__(self, key: str) -> None:
         self._key, self._bits = key.encode("utf-8", "surrogatepass"), 0
 
-    def below(self, n):
+    def below(self, n: int) -> int:
+        """A number from 0 to n - 1."""
         if self._bits < 1 << 32:
             self._key = hashlib.blake2b(self._key, digest_size=64).digest()
             self._bits = int.from_bytes(self._key, "big")
         self._bits, found = divmod(self._bits, n)
         return found
 
-    def choose(self, options):
+    def choose(self, options: Sequence) -> Any:
+        """One of the options, all alike."""
         return options[self.below(len(options))]
 
-    def draw(self, weighted):
+    def weighted(self, options: Sequence, sums: Sequence[float]) -> Any:
+        """One of the options; ``sums``: their weights, summed up to each."""
+        return options[min(bisect.bisect(sums, self.below(1 << 30) / (1 << 30) * sums[-1]), len(options) - 1)]
+
+    def draw(self, weighted: Iterable[tuple[int, Any]]) -> Iterator[Any]:
         """Each of some (integer weight, option) pairs once, in a random order, heavier ones sooner."""
         left = list(weighted)
         total = sum(w for w, _ in left)
@@ -205,10 +236,10 @@ class _Found:
         self.start, self.end, self.noun, self.head = start, end, noun, True
 
 
-class _Text:
+class Text:
     """A caption taken apart: tokens with places, lower-case forms, nouns."""
 
-    def __init__(self, caption, others=()):
+    def __init__(self, caption: str, others: Iterable[str] = ()) -> None:
         self.lexicon = lexicon()
         self.caption = caption
         self.tokens = [match.span() for match in TOKEN.finditer(caption)]
@@ -242,7 +273,8 @@ class _Text:
                 tokens.append(span)
         self.tokens, self.low = tokens, low
 
-    def at(self, i):
+    def at(self, i: int) -> str | None:
+        """The token, in lower case; None beyond the ends."""
         return self.low[i] if 0 <= i < self.size else None
 
     def _find_nouns(self):
@@ -259,6 +291,8 @@ class _Text:
                 if noun and (n > 1 or not noun.doubtful or self._is_noun(i, noun)):
                     if n == 1 and word in words.attributes and not self._is_noun(i, noun):
                         continue
+                    if noun.plural and plural(noun.lemma) == noun.lemma and self._after_one(i):
+                        noun = noun._replace(plural=False)  # "a sheep"
                     self.nouns.append(_Found(i, i + n, noun))
                     i += n
                     break
@@ -268,6 +302,12 @@ class _Text:
             after = self.at(found.end)
             if following and following.start == found.end or after in ("'", "’", "'s") or self._is_unknown(after):
                 found.head = False
+
+    def _after_one(self, i):
+        """Whether what stands before token i, but for adjectives, says that it is a single one."""
+        while i > 0 and self.low[i - 1] not in FUNCTION and i - 1 not in (f.end - 1 for f in self.nouns):
+            i -= 1
+        return self.at(i - 1) in ("a", "an", "another", "this", "each", "every")
 
     def _is_noun(self, i, noun):
         """Whether a word that may be something else is a noun here, by its neighbours."""
@@ -306,7 +346,7 @@ class _Text:
             and not word.endswith(("ing", "ed", "ly", "s"))
         )
 
-    def is_english(self):
+    def is_english(self) -> bool:
         """Whether enough of the words are known: half with a function word among them, most without."""
         words, known, common = self.lexicon, 0, 0
         places = [i for i, w in enumerate(self.low) if w[0].isalpha()]
@@ -323,26 +363,26 @@ class _Text:
             )
         return bool(places) and known >= (0.5 if common else 0.8) * len(places)
 
-    def denied(self, i):
+    def denied(self, i: int) -> bool:
         """Whether a "no", "not" or "without" stands shortly before token i."""
         return not NEGATIONS.isdisjoint(self.low[max(0, i - 4) : i])
 
-    def room(self):
+    def room(self) -> int:
         """Words that may be added."""
         return int(length(self.caption) * (RATIO[1] - 1))
 
-    def span(self, start, end):
+    def span(self, start: int, end: int) -> tuple[int, int]:
         """Characters of tokens [start, end)."""
         return self.tokens[start][0], self.tokens[end - 1][1]
 
-    def cased(self, start, end, new):
+    def cased(self, start: int, end: int, new: str) -> str:
         """``new`` in upper case, or with a capital, where the caption's characters [start, end) are."""
         old = self.caption[start:end]
         if old.isupper() and len(old) > 1:
             return new.upper()
         return new[:1].upper() + new[1:] if old[:1].isupper() else new
 
-    def put(self, start, end, new):
+    def put(self, start: int, end: int, new: str) -> tuple[int, int, str]:
         """An edit: tokens [start, end) become ``new``; case and a preceding "a" or "an" follow."""
         first, last = self.span(start, end)
         new = self.cased(first, last, new)
@@ -351,7 +391,8 @@ class _Text:
             return begin, last, self.cased(begin, stop, article(new)) + self.caption[stop:first] + new
         return first, last, new
 
-    def apply(self, edits):
+    def apply(self, edits: Iterable[tuple[int, int, str]]) -> str:
+        """The caption after some edits that do not overlap."""
         text = self.caption
         for start, end, new in sorted(edits, reverse=True):
             text = text[:start] + new + text[end:]
@@ -360,18 +401,33 @@ class _Text:
 
 @functools.lru_cache(maxsize=4096)  # the captions of an image are each looked at beside all its others
 def _lemmas(caption):
-    return [f.noun.lemma for f in _Text(caption).nouns]
+    return [f.noun.lemma for f in Text(caption).nouns]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plurals(words):
+    return tuple(map(plural, words))
 
 
 class Rules:
     """Rewrites captions; deterministic in ``seed``, the item's index and its caption."""
 
-    def __init__(self, seed: int = 0, checker: Checker | None = None) -> None:
+    def __init__(self, seed: int = 0, checker: Checker | None = None, counts: Counts | None = None) -> None:
         self.seed, self.checker, self.lexicon = seed, checker or Checker(), lexicon()
+        self.counts = counts or Counts()
+        self._count = functools.lru_cache(maxsize=20_000)(self.counts.of)
+        self._sums = functools.lru_cache(maxsize=20_000)(self._weigh)
+
+    def _weigh(self, before, options, after):
+        return list(itertools.accumulate(self.counts.weight(before, option, after) for option in options))
+
+    def _fitting(self, text, start, end, options, dice):
+        """One of some phrases for tokens [start, end), by how often it stands beside their neighbours in the corpus."""
+        return dice.weighted(options, self._sums(text.at(start - 1), options, text.at(end)))
 
     # --- the four kinds: each a list of (weight, function of the dice that gives edits or None) --------------------
 
-    def sites(self, text: _Text) -> dict[str, list[tuple[int, Callable]]]:
+    def sites(self, text: Text) -> dict[str, list[tuple[int, Callable]]]:
         """{kind: [(weight, make)]}; ``make(dice)`` gives a list of (start, end, new) in characters, or None."""
         return {
             "existence": self._existence(text),
@@ -390,19 +446,29 @@ class Rules:
             if found.head and not counted and not group.place and (group.words or group.other):
                 sites.append((3 if group.name in PEOPLE else 4, partial(self._swap, text, found)))
         if text.size >= 7:
-            sites.append((2, partial(self._add_thing, text)))
+            pool = {}
+            for scene, count in (text.scenes or {"person": 1}).items():
+                for word in self.lexicon.scene_members[scene]:
+                    pool[word] = pool.get(word, 0) + count
+            words = sorted(pool)
+            sums = list(itertools.accumulate(pool[w] ** 2 * (1 + self._count(w)) for w in words))
+            sites.append((2, partial(self._add_thing, text, words, sums)))
         return sites
 
     def _options(self, group, depth=0):
         if group.words:
-            return group.words
-        return [w for name in group.other if depth < 3 for w in self._options(self.lexicon.groups[name], depth + 1)]
+            return tuple(group.words)
+        names = group.other if depth < 3 else ()
+        return tuple(w for name in names for w in self._options(self.lexicon.groups[name], depth + 1))
 
-    def _draw(self, text, options, dice):
-        """Up to 12 of the options at random, those seen with the caption's other things five times as often."""
+    def _draw(self, text, found, options, dice):
+        """Up to 12 of the options in place of a noun, by how they go with the words beside it, those seen with the
+        caption's other things five times as often."""
         scenes, seen, tried = self.lexicon.scenes, text.scenes.keys(), set()
+        forms = _plurals(options) if found.noun.plural else options
+        sums = self._sums(text.at(found.start - 1), forms, text.at(found.end)) if options else ()
         for _ in range(48 if options else 0):
-            word = options[dice.below(len(options))]
+            word = dice.weighted(options, sums)
             if word in tried or seen and seen.isdisjoint(scenes.get(word, ())) and dice.below(5):
                 continue
             tried.add(word)
@@ -411,14 +477,27 @@ class Rules:
                 return
 
     def _new(self, text, word):
-        return not any(self.lexicon.related(word, known) for known in text.known)
+        for known in text.known:  # a dining table is a table
+            if self.lexicon.related(word, known) or word.endswith(" " + known) or known.endswith(" " + word):
+                return False
+        return True
 
     def _swap(self, text, found, dice):
         """Every mention of a noun becomes another noun of its group, or of the groups to look in instead."""
-        noun, groups = found.noun, self.lexicon.own
+        noun, groups, before = found.noun, self.lexicon.own, text.at(found.start - 1)
+        if noun.group.name == "age" and before in ("young", "old", "older", "younger", "elderly"):
+            among = [tuple(w for w in ("man", "woman", "boy", "girl") if _GENDER[w] != _GENDER.get(noun.lemma))]
+        elif noun.group.name == "sports gear" and before in ("play", "plays", "playing", "played"):
+            among = [("baseball", "basketball", "volleyball", "frisbee")]
+        else:
+            among = [self._options(noun.group), self._others(noun.group)]
+        if any(f.end == found.start and f.noun.group is noun.group for f in text.nouns):
+            return None  # "jet airplane" would become "jet submarine"
         mass = "mass" in noun.group.flags
-        for options in (self._options(noun.group), self._others(noun.group)):
-            for word in self._draw(text, options, dice):
+        if noun.lemma in _UNCOUNTED and not noun.plural and text.at(self._phrase(text, found)[0]) not in _COUNTING:
+            return None  # "filled with furniture" would become "filled with chair"
+        for options in among:
+            for word in self._draw(text, found, options, dice):
                 group = groups[word]
                 if ("mass" in group.flags) != mass or not self._new(text, word):
                     continue
@@ -441,15 +520,12 @@ class Rules:
         return None
 
     def _others(self, group):
-        return [w for name in group.other for w in self._options(self.lexicon.groups[name])]
+        return tuple(w for name in group.other for w in self._options(self.lexicon.groups[name]))
 
-    def _add_thing(self, text, dice):
-        pool = {}
-        for scene, count in (text.scenes or {"person": 1}).items():
-            for word in self.lexicon.scene_members[scene]:
-                pool[word] = pool.get(word, 0) + count
+    def _add_thing(self, text, words, sums, dice):
         room = text.room()
-        for word in itertools.islice(dice.draw([(pool[w] ** 2, w) for w in sorted(pool)]), 12):
+        for _ in range(12):
+            word = dice.weighted(words, sums)
             group = self.lexicon.own[word]
             if group.place or "part" in group.flags or not self._new(text, word):
                 continue
@@ -472,7 +548,7 @@ class Rules:
         return end, end, " " + phrase
 
     def _attribute(self, text):
-        sites, words, low, end = [], self.lexicon.attributes, text.low, 0
+        sites, borne, words, low, end = [], [], self.lexicon.attributes, text.low, 0
         for i, word in enumerate(low):
             if i < end or word not in words and word not in self.lexicon.attribute_starts:
                 continue
@@ -481,7 +557,12 @@ class Rules:
                 if found and not text.denied(i) and self._is_attribute(text, i, i + n, found[0]):
                     sites.append((4, partial(self._exchange, text, i, i + n, found)))
                     end = i + n
+                    borne.append((i, end, found))
                     break
+        for (i, j, one), (k, m, other) in itertools.combinations(borne, 2):
+            apart = any(j <= f.start < k for f in text.nouns)  # "red and white" is white and red
+            if one[0] == other[0] and one[1] != other[1] and one[0] in _OF_THINGS and apart:
+                sites.append((8, partial(self._trade, text, (i, j), (k, m))))
         for found in text.nouns:
             coloured = found.noun.group.name in _COLOURED and not text.denied(found.start)
             if found.head and coloured and text.at(found.start - 1) in _TAKES_ADJECTIVE:
@@ -533,6 +614,9 @@ class Rules:
 
     def _exchange(self, text, i, j, found, dice):
         kind, word = found
+        beside = [self.lexicon.attributes.get(w, (None,))[0] for w in (text.at(i - 1), text.at(j))]
+        if kind in beside:
+            return None  # "dirty muddy grass" would become "dirty clean grass"
         options = [w for w in self.lexicon.attribute_groups[kind] if w != word and w not in text.low]
         if kind == "age" and word == "old" and text.starts.get(j) and text.starts[j].noun.group.name not in PEOPLE:
             options = ["new"]
@@ -544,7 +628,7 @@ class Rules:
             options = ["old", "elderly"]
         if not options:
             return None
-        new = dice.choose(options)
+        new = self._fitting(text, i, j, tuple(options), dice)
         if self.lexicon.attributes.get(new, (0, 0))[1] == word:
             return None
         return [text.put(i, j, new)]
@@ -552,7 +636,8 @@ class Rules:
     def _colour(self, text, found, dice):
         start = text.span(found.start, found.end)[0]
         noun = text.caption[start : text.span(found.start, found.end)[1]]
-        colour = dice.choose([c for c in _ODD_COLOURS if c not in text.low] or _ODD_COLOURS)
+        colours = tuple(c for c in self.lexicon.attribute_groups["colour"] if c not in text.low)
+        colour = self._fitting(text, found.start, found.start, colours, dice)
         if not text.caption.isupper() or text.size == 1:
             noun = noun if noun.isupper() else noun[:1].lower() + noun[1:]
         else:
@@ -561,7 +646,7 @@ class Rules:
         return [(first, last, new + " " + noun)]
 
     def _quantity(self, text):
-        sites = []
+        sites, phrases = [], []
         for found in text.nouns:
             counted = text.at(found.end) == "of" and found.noun.lemma in _GROUPS_OF  # as what follows is counted
             if not found.head or found.noun.group.place or counted or text.denied(found.start):
@@ -571,29 +656,137 @@ class Rules:
                 continue
             while first - 1 >= 0 and self._is_modifier(text, first - 1):
                 first -= 1
-            before = text.at(first - 1)
-            if found.noun.plural:
-                if before in NUMBER and NUMBER[before] != 1 and not text.at(first - 2) == "-":
-                    sites.append((4, partial(self._other_number, text, first - 1)))
-                elif before in _VAGUE:
-                    sites.append((3, partial(self._number, text, first - 1, first, _VAGUE[before])))
-                elif before == "of" and text.at(first - 2) in _GROUPS_OF and "plural" not in group.flags:
-                    few = text.at(first - 2) in ("couple", "pair", "few")
-                    if not (few and group.name in ("footwear", "ride", "eyewear", "lower wear")):
-                        start = first - 2 - (text.at(first - 3) in ("a", "the") or self._is_modifier(text, first - 3))
-                        start -= text.at(start - 1) == "a"
-                        sites.append((3, partial(self._number, text, start, first, "a dozen" if few else "two")))
-                elif before == "few" and text.at(first - 2) == "a":
-                    sites.append((3, partial(self._number, text, first - 2, first, "a dozen")))
-                elif (
-                    "plural" not in group.flags and found.noun.lemma != "people" and before not in DETERMINERS | {"of"}
-                ):
-                    free = before is None or not before[0].isalpha() or before in FUNCTION or before.endswith("ing")
-                    if free and before not in NUMBER and self._is_safe(text, found.end):
-                        sites.append((2, partial(self._single, text, first, found)))
-            elif before in ("a", "an", "one", "another", "single", "1") and group.name not in ("outdoor", "sky"):
-                sites.append((4 if found is text.nouns[0] else 1, partial(self._several, text, first, found)))
+            start, said = self._quantifier(text, first, found)
+            if said is None:
+                continue
+            phrases.append((start, first, found, said))
+            options = tuple(q for q in _OTHER_THAN[said] if q != "a group of" or group.name in _ANIMATE)
+            if found.noun.plural and "plural" in group.flags:
+                options = tuple(q for q in options if q != "a")
+            if options:
+                weight = 4 if said not in ("", "a") else 2 if said == "" else 4 if found is text.nouns[0] else 1
+                sites.append((weight, partial(self._recount, text, start, first, found, said, options)))
+        told = {p[0] for p in phrases}
+        if any(word in NUMBER and i not in told for i, word in enumerate(text.low)):
+            sites.clear()  # "two dogs, one of them black": what follows counts them again
+        numbers = [p for p in phrases if p[3] in NUMBER and p[3] != "a" and p[2].noun.plural]
+        for one, other in itertools.combinations(numbers, 2):
+            if NUMBER[one[3]] != NUMBER[other[3]]:
+                sites.append((8, partial(self._trade, text, (one[0], one[1]), (other[0], other[1]))))
         return sites
+
+    def _quantifier(self, text, first, found):
+        """(first token of what says how many, what it says) of a noun whose modifiers begin at token ``first``: "a", a
+        number, a key of `_OTHER_THAN`, "" for a bare plural; (0, None) where it cannot be told or changed."""
+        before, group = text.at(first - 1), found.noun.group
+        if not found.noun.plural:
+            told = before in ("a", "an", "one", "another", "single", "1") and group.name not in ("outdoor", "sky")
+            if before == "single" and text.at(first - 2) in ("a", "one"):
+                return first - 2, "a"
+            return (first - 1, "a") if told and before != "single" else (0, None)
+        pair = group.name in ("footwear", "ride", "eyewear", "lower wear")
+        if before in NUMBER and NUMBER[before] > 1 and text.at(first - 2) not in ("-", "a", "of", "number"):
+            return (first - 1, before) if before in _OTHER_THAN else (0, None)
+        if before in _VAGUE:
+            return first - 1, "several"
+        if before == "few" and text.at(first - 2) == "a":
+            return first - 2, "a few"
+        if before == "of" and text.at(first - 2) in _GROUPS_OF and "plural" not in group.flags:
+            few = text.at(first - 2) in ("couple", "pair", "few")
+            start = first - 2
+            while text.at(start - 1) in ("a", "the", "an") or self._is_modifier(text, start - 1):
+                start -= 1
+            return (0, None) if few and pair else (start, "a couple of" if few else "a group of")
+        free = before is None or not before[0].isalpha() or before in FUNCTION or before.endswith("ing")
+        bare = free and before not in DETERMINERS | {"of"} and before not in NUMBER and "plural" not in group.flags
+        if bare and found.noun.lemma != "people" and self._is_safe(text, found.end, many=True):
+            return first, ""
+        return 0, None
+
+    def _recount(self, text, start, first, found, said, options, dice):
+        """ "a dog sits" -> "three dogs sit", "dogs running" -> "a dog running", "several dogs" -> "two dogs"."""
+        many, words = found.noun.plural, set(text.low)
+        low = text.low[found.start : found.end]
+        one = found.noun.lemma if many else " ".join(low)
+        if many and found.noun.lemma == "people":
+            one = "person"
+        following = text.at(first) if first < found.start else None
+        sums = self._sums(text.at(start - 1), options, following or (" ".join(low) if many else plural(one)))
+        new = dice.weighted(options, sums)
+        if new == "a group of" and text.at(start - 2) in ("there", "here"):
+            return None
+        if text.low[start] in ("one", "another") and words & {"other", "another", "one"} - {text.low[start]}:
+            return None
+        if said == "a" and ("its" in words or text.gender and found.noun.group.name in _ANIMATE):
+            return None
+        if new == "a" and many and (words & _OF_SEVERAL or self._shares(text, found)):
+            return None
+        edits = []
+        if (new != "a") != many:
+            edits = self._agreed(text, start, found, new != "a")
+            if edits is None:
+                return None
+        begin, middle = text.tokens[start][0], text.caption[text.tokens[first][0] : text.tokens[found.start][0]]
+        noun = text.caption[text.tokens[found.start][0] : text.tokens[found.end - 1][1]]
+        if (new != "a") != many:
+            noun = plural(noun.lower()) if new != "a" else one
+        upper = text.caption.isupper() and len(text.caption) > 1
+        rest = middle + noun
+        if start == first == 0 and not upper:
+            rest = rest[:1].lower() + rest[1:]
+        quantity = article(rest) if new == "a" else new
+        if new in NUMBER and said.isdigit():
+            quantity = str(NUMBER[new])
+        whole = f"{quantity} {rest}" if quantity else rest
+        end = text.tokens[found.end - 1][1]
+        return [*edits, (begin, end, whole.upper() if upper else text.cased(begin, begin + 1, whole))]
+
+    def _shares(self, text, found):
+        """Whether something plural is said of several, one for each: "two girls in hats"."""
+        for other in text.nouns:
+            if other.start >= found.end and other.noun.plural:
+                before = text.at(self._phrase(text, other)[0] - 1)
+                if other.noun.group.name in _WORN and before not in NUMBER or before in _BORNE:
+                    return True
+        return False
+
+    def _agreed(self, text, start, found, many):
+        """Edits that make the rest agree with a noun phrase that becomes plural (or singular), or None."""
+        before = text.at(start - 1)
+        change = _SINGULAR_VERBS if many else _PLURAL_VERBS
+        if before in change and text.at(start - 2) in ("there", "here"):
+            safe = self._is_safe(text, found.end, many=not many)
+            return [text.put(start - 1, start, change[before])] if safe else None
+        if before in ("is", "was", "are", "were"):
+            return None
+        if start == 0 or before in _CLAUSE_ENDS:
+            return self._agree(text, found.end) if many else self._agree_with_one(text, found.end)
+        return [] if self._is_safe(text, found.end, many=not many) else None
+
+    def _agree_with_one(self, text, i):
+        """Edits that make the verb right after a subject singular, or None if it cannot be told."""
+        word, after = text.at(i), text.at(i + 1)
+        if word in _PLURAL_VERBS:
+            return [text.put(i, i + 1, _PLURAL_VERBS[word])]
+        if self._is_safe(text, i, many=True):
+            return [] if not {"are", "were", "have", "do"} & set(text.low[i:]) else None
+        verb = word[0].isalpha() and word in self.lexicon.verbs and word not in FUNCTION and not word.endswith("s")
+        if not verb or i in text.inside or "and" in text.low[i:] or after is None:
+            return None
+        ending = "es" if word.endswith(("s", "x", "ch", "sh", "z", "o")) else "s"
+        ends_y = word.endswith("y") and word[-2:-1] not in "aeiou"
+        return [text.put(i, i + 1, word[:-1] + "ies" if ends_y else word + ending)]
+
+    def _trade(self, text, one, other, dice):
+        """Tokens [start, end) and another such pair, in each other's place."""
+        edits = []
+        for here, there in ((one, other), (other, one)):
+            first, last = text.span(*there)
+            words = text.caption[first:last]
+            if there[0] == 0 and not text.caption.isupper():
+                words = words[:1].lower() + words[1:]
+            edits.append(text.put(*here, words))
+        return edits
 
     def _is_modifier(self, text, i):
         word = text.low[i]
@@ -608,9 +801,11 @@ class Rules:
             and not (word.endswith(("ing", "ed")) and i - 1 in text.inside)
         )
 
-    def _is_safe(self, text, i):
-        """Whether what follows a noun does not have to agree with it."""
+    def _is_safe(self, text, i, many=False):
+        """Whether what follows a noun does not have to agree with it; ``many``: a plural one."""
         after = text.at(i)
+        if many and after in ("and", "or"):
+            return False
         return (
             after is None
             or not after[0].isalpha()
@@ -646,60 +841,8 @@ class Rules:
     def _plural_verb(self, word):
         """ "sits" -> "sit"; None if it is no verb."""
         bases = [word[:-3] + "y"] if word.endswith("ies") else []
-        bases += [word[:-2]] if word.endswith("es") else []
+        bases += [word[:-2]] if word.endswith(("ses", "xes", "ches", "shes", "zes", "oes")) else []
         return next((base for base in (*bases, word[:-1]) if base in self.lexicon.verbs), None)
-
-    def _other_number(self, text, i, dice):
-        word, value = text.low[i], NUMBER[text.low[i]]
-        many = [n for n in range(2, 9) if abs(n - value) > (0 if value < 5 else 1) and n != value]
-        new = dice.choose(many)
-        return [text.put(i, i + 1, str(new) if word[0].isdigit() else NUMBERS[0][new])]
-
-    def _number(self, text, start, end, new, dice):
-        """ "several dogs" -> "two dogs", "a few dogs" -> "seven dogs"."""
-        if text.at(start - 1) in ("a", "an"):
-            return None
-        if new != "two":
-            new = dice.choose(("six", "seven", "eight", "ten", "a dozen"))
-        edits = [text.put(start, end, new)]
-        if start == 0:
-            agreed = self._agree(text, end + 1) if text.low[end - 1] == "of" else []
-            if agreed is None:
-                return None
-            edits += agreed
-        return edits
-
-    def _single(self, text, first, found, dice):
-        """ "dogs running" -> "a single dog running"."""
-        start, end = text.span(first, found.end)
-        middle = text.caption[start : text.tokens[found.start][0]]
-        middle = middle if text.caption.isupper() else middle[:1].lower() + middle[1:]
-        return [(start, end, text.cased(start, start + 1, f"a single {middle}{found.noun.lemma}"))]
-
-    def _several(self, text, first, found, dice):
-        """ "a dog sits" -> "three dogs sit"."""
-        if "its" in text.low or text.gender and found.noun.group.name in (*PEOPLE, "pet"):
-            return None
-        start = first - 1
-        before = text.at(start - 1)
-        edits = []
-        if before in _SINGULAR_VERBS and text.at(start - 2) in ("there", "here"):
-            edits.append(text.put(start - 1, start, _SINGULAR_VERBS[before]))
-            if not self._is_safe(text, found.end):
-                return None
-        elif before in ("is", "was"):
-            return None
-        elif start == 0 or before in _CLAUSE_ENDS:
-            agreed = self._agree(text, found.end)
-            if agreed is None:
-                return None
-            edits += agreed
-        elif not self._is_safe(text, found.end):
-            return None
-        edits.append(text.put(start, start + 1, dice.choose(_COUNTS)))
-        start, end = text.span(found.start, found.end)
-        edits.append((start, end, text.cased(start, end, plural(text.caption[start:end].lower()))))
-        return edits
 
     def _location(self, text):
         sites, low, end = [], text.low, 0
@@ -723,8 +866,33 @@ class Rules:
                 if found.head and "mass" not in group.flags:
                     sites.append((4, partial(self._swap, text, found)))
         if not places and text.size >= 8 and text.scenes:
-            sites.append((1, partial(self._add_place, text)))
+            near = {w for s in text.scenes for w in self.lexicon.scene_members[s]}
+            far = [(w, n.place) for n in map(self.lexicon.groups.get, _PLACES) for w in n.words]
+            options = [p for p in far if p[0] not in near]  # where its things are seen may well be the true place
+            sums = list(itertools.accumulate(1 + self._count(word) for word, _ in options))
+            sites.append((1, partial(self._add_place, text, options, sums)))
+        heads = [f for f in text.nouns if f.head and not text.denied(f.start)]
+        for one, other in itertools.pairwise(heads):
+            if self._is_one_way(text, one, other):
+                sites.append((6, partial(self._trade, text, *(self._phrase(text, f) for f in (one, other)))))
         return sites
+
+    def _is_one_way(self, text, one, other):
+        """Whether two things of much the same sort stand in a relation that does not hold the other way round."""
+        a, b = one.noun, other.noun
+        alike = {a.group.name, b.group.name} <= _ANIMATE or a.group.name == b.group.name
+        between = text.low[one.end : self._phrase(text, other)[0]]
+        told = " ".join(
+            w for w in between if w not in ("is", "are", "sitting", "standing", "lying", "walking", "parked")
+        )
+        return alike and a.plural == b.plural and a.lemma != b.lemma and told in _ONE_WAY
+
+    def _phrase(self, text, found):
+        """Tokens [start, end) of a noun with what stands before it: "a big dog"."""
+        start = found.start
+        while start > 0 and self._is_modifier(text, start - 1):
+            start -= 1
+        return start - (text.at(start - 1) in DETERMINERS or text.at(start - 1) in NUMBER), found.end
 
     def _is_relation(self, text, i):
         word, before, after = text.low[i], text.at(i - 1), text.at(i + 1)
@@ -754,27 +922,105 @@ class Rules:
         return "part" not in group.flags
 
     def _relate(self, text, i, j, options, dice):
-        return [text.put(i, j, dice.choose(options))]
+        return [text.put(i, j, self._fitting(text, i, j, options, dice))]
 
-    def _add_place(self, text, dice):
-        pool = sorted({w for s in text.scenes for w in self.lexicon.scene_members[s] if self.lexicon.own[w].place})
-        far = [(w, n.place) for n in map(self.lexicon.groups.get, _PLACES) for w in n.words]
-        options = [p for p in far if p[0] not in pool]  # where the caption's things are seen may well be the true place
+    def _add_place(self, text, options, sums, dice):
         for _ in range(6):
-            word, place = dice.choose(options)
+            word, place = dice.weighted(options, sums)
             if self._new(text, word) and 2 + length(word) <= text.room():
                 return [self._append(text, f"{place} {article(word)} {word}")]
         return None
 
     # --- one caption, and many --------------------
 
+    def _trims(self, text):
+        """Characters (start, end) that a caption can do without: an adjective, the phrase at its end."""
+        found = []
+        for noun in text.nouns:
+            i = noun.start - 1
+            known = i > 0 and (text.low[i] in self.lexicon.attributes or text.low[i] in self.lexicon.adjectives)
+            if noun.head and known and i not in text.inside and self._is_modifier(text, i):
+                before = text.at(i - 1)
+                if before in DETERMINERS or before in PREPOSITIONS:
+                    found.append((text.tokens[i][0], text.tokens[noun.start][0]))
+        last = text.nouns[-1] if text.nouns else None
+        if last and all(not w[0].isalnum() for w in text.low[last.end :]) and text.low[0] != "there":
+            k = self._phrase(text, last)[0] - 1
+            needed = text.at(k) == "with" and text.at(k - 1).endswith("ed")
+            listed = text.at(k) == "and" and ("," in text.low or k - 1 not in text.inside)
+            if k > 4 and text.low[k] in _LAST and "between" not in text.low and not listed and not needed:
+                found.append((text.tokens[k - 1][1], text.tokens[last.end - 1][1]))
+        return found
+
+    def _trimmed(self, text, edits, trims, dice):
+        """The edits with something else left out, so that not all that is put in makes a caption longer."""
+        start, end = dice.choose(trims)
+        if any(a <= end and start <= b for a, b, _ in edits):
+            return edits
+        i = next((i for i, (_, stop) in enumerate(text.tokens) if stop + 1 == start), None)
+        if i is not None and text.low[i] in ("a", "an"):
+            begin, stop = text.tokens[i]
+            if any(a <= stop and begin <= b for a, b, _ in edits):
+                return edits
+            following = text.caption[end:].split(" ")[0]
+            return [*edits, (begin, end, text.cased(begin, stop, article(following)) + " ")]
+        return [*edits, (start, end, "")]
+
+    def _more(self, text, edits, sites, dice):
+        for _ in range(text.size // 20):  # a long caption gets more than one change
+            more = sites[dice.below(len(sites))][1](dice)
+            if more and all(e[1] < f[0] or f[1] < e[0] for e in more for f in edits):
+                edits = [*edits, *more]
+        return edits
+
+    def candidates(
+        self, item: Item, text: Text, sites: dict[str, list[tuple[int, Callable]]], dice: Dice, most: int = MOST
+    ) -> tuple[list[tuple[str, str]], dict[str, int]]:
+        """Many hallucinated captions, of all kinds that there are sites of.
+
+        Returns:
+            [(kind, text)], at most ``most``, all different; and how many each check refused.
+        """
+        kinds = [kind for kind in KINDS if sites.get(kind)]
+        found, seen, rejected, trims = [], set(), {}, self._trims(text)
+        for kind in kinds:
+            makes = [make for _, make in sites[kind]]
+            sums, got = list(itertools.accumulate(weight for weight, _ in sites[kind])), 0
+            for _ in range(2 * most // len(kinds)):
+                make = dice.weighted(makes, sums)
+                edits = make(dice)
+                if not edits:
+                    continue
+                edits = self._more(text, edits, sites[kind], dice)
+                if trims and dice.below(3) == 0:
+                    edits = self._trimmed(text, edits, trims, dice)
+                candidate = text.apply(edits)
+                if candidate in seen:
+                    continue
+                seen.add(candidate)
+                problem = self._problem(item, kind, candidate, sure=make.func == self._trade)
+                if problem is None:
+                    found.append((kind, candidate))
+                    got += 1
+                    if got == -(-most // len(kinds)):
+                        break
+                else:
+                    rejected[problem] = rejected.get(problem, 0) + 1
+        return found, rejected
+
+    def _problem(self, item, kind, candidate, taken=(), sure=False):
+        problem = self.checker.problem(item, candidate, taken, sure=sure or kind == "quantity")
+        if problem is None and not CHARACTERS[0] <= len(candidate) / len(item.caption) <= CHARACTERS[1]:
+            return "length in characters"
+        return problem
+
     def rewrite(
         self,
         item: Item,
         kind: str,
-        text: _Text,
+        text: Text,
         sites: list[tuple[int, Callable]],
-        dice: _Dice,
+        dice: Dice,
         taken: Iterable[str] = (),
         rejected: dict[str, int] | None = None,
     ) -> str | None:
@@ -784,157 +1030,23 @@ class Rules:
             edits = make(dice)
             if not edits:
                 continue
-            for _ in range(text.size // 20):  # a long caption gets more than one change
-                more = sites[dice.below(len(sites))][1](dice)
-                if more and all(e[1] < f[0] or f[1] < e[0] for e in more for f in edits):
-                    edits = [*edits, *more]
-            candidate = text.apply(edits)
-            problem = self.checker.problem(item, candidate, taken)
+            candidate = text.apply(self._more(text, edits, sites, dice))
+            problem = self._problem(item, kind, candidate, taken)
             if problem is None:
-                if CHARACTERS[0] <= len(candidate) / len(item.caption) <= CHARACTERS[1]:
-                    return candidate
-                spare, problem = spare or candidate, "length in characters"
-            if rejected is not None and problem != "length in characters":
+                return candidate
+            if problem == "length in characters":
+                spare = spare or candidate
+            elif rejected is not None:
                 rejected[problem] = rejected.get(problem, 0) + 1
         return spare
 
 
+_UNCOUNTED = frozenset(
+    "furniture straw food fruit clothing clothes luggage glass paper wood traffic decoration corn broccoli cake "
+    "chicken chocolate fish pizza salad soup pasta stone brick lace garlic lettuce cabbage spinach celery squash "
+    "cauliflower "
+    "steak sushi candy pie ice pudding tape rope wire cable artwork wallpaper coral".split()
+)
+_COUNTING = frozenset("a an one the this that his her their its my your".split())
+_LAST = frozenset("in on at near with behind under beside inside outside over across through along and".split())
 _TAKES_ADJECTIVE = frozenset("a an the his her their its of on in with and two three some".split())
-
-
-class RulesSource:
-    """`Rules` over many captions, with the kinds balanced as asked.
-
-    Args:
-        types: {kind: weight}, the shares of the kinds.
-        seed: of every choice.
-        checker: refuses candidates.
-        workers: processes.
-
-    The kinds are balanced within blocks of `BLOCK` items by position, rarest possibility first; so what a block gives
-    depends on that block alone, and the caller hands in whole blocks.
-    """
-
-    whole_blocks, stopped = True, None
-
-    def __init__(
-        self, types: dict[str, float] | None = None, seed: int = 0, checker: Checker | None = None, workers: int = 1
-    ) -> None:
-        self.types = types or dict.fromkeys(KINDS, 1.0)
-        self.seed, self.checker, self.workers = seed, checker, workers
-        self._rules = None
-
-    def answers(self, items: Iterable[Item]) -> Iterator[Answer]:
-        """One `Answer` for each item, in order."""
-        if self.workers == 1:
-            lexicon()
-            gc.freeze()  # half a million small objects that the collector would go through again and again
-            try:
-                yield from itertools.chain.from_iterable(map(self.block, _blocks(items)))
-            finally:
-                gc.unfreeze()
-            return
-        context, waiting = multiprocessing.get_context("spawn"), collections.deque()
-        pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker)
-        try:
-            blocks = _blocks(items)
-            while True:
-                for block in itertools.islice(blocks, 2 * self.workers - len(waiting)):
-                    waiting.append(pool.submit(self.block, block))
-                if not waiting:
-                    break
-                yield from waiting.popleft().result()
-        except BrokenProcessPool:
-            unblock(pool)
-            raise HaclError(
-                "a worker process was killed (out of memory, perhaps); the answers so far are safe: give the same "
-                "command again, with fewer --workers."
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rules": None}
-
-    def block(self, items: Sequence[Item]) -> list[Answer]:
-        """Answers for the items of one block, in order."""
-        if self._rules is None:
-            self._rules = Rules(self.seed, self.checker)
-        rules, work = self._rules, []
-        for item in items:
-            text = _Text(item.caption if len(item.caption) <= LONGEST else "", item.others)
-            english = text.is_english()
-            sites = rules.sites(text) if english else {}
-            kinds = [k for k in KINDS if self.types.get(k) and sites.get(k)]
-            dice = _Dice(f"{self.seed}/{item.index}/{item.caption}")
-            work.append((item, text, sites, kinds, dice, [], {}, english))
-        total, got = sum(self.types.values()), dict.fromkeys(KINDS, 0)
-        asked = 0
-        for turn in range(max((len(item.wanted) for item in items), default=0)):
-            for item, text, sites, kinds, dice, taken, rejected, _ in sorted(
-                work, key=lambda w: (len(w[3]), w[0].index)
-            ):
-                if turn >= len(item.wanted):
-                    continue
-                asked += 1
-                used = {k for k, _ in taken}
-                order = sorted(kinds, key=lambda k: (k in used, got[k] - self.types[k] / total * asked, KINDS.index(k)))
-                for kind in order:
-                    caption = rules.rewrite(item, kind, text, sites[kind], dice, [t for _, t in taken], rejected)
-                    if caption is not None:
-                        taken.append((kind, caption))
-                        got[kind] += 1
-                        break
-        return [self._answer(*w) for w in work]
-
-    @staticmethod
-    def _answer(item, text, sites, kinds, dice, taken, rejected, english):
-        reason = None
-        if len(taken) < len(item.wanted):
-            if len(item.caption) > LONGEST:
-                reason = "too long"
-            elif not english:
-                reason = "not English"
-            elif not kinds:
-                reason = "nothing in it to rewrite"
-            elif not taken:
-                reason = "every candidate was rejected"
-            else:
-                reason = f"only {len(taken)} of {len(item.wanted)}"
-        return Answer(item.index, tuple(taken), reason, rejected=rejected)
-
-
-def _start_worker():
-    lexicon()
-    gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-
-
-def _blocks(items):
-    block = []
-    for item in items:
-        if block and item.index // BLOCK != block[0].index // BLOCK:
-            yield block
-            block = []
-        block.append(item)
-    if block:
-        yield block
-
-
-def rewrite(caption: str, kind: str | None = None, seed: int = 0, count: int = 1) -> list[tuple[str, str]]:
-    """Hallucinated captions of one caption, as ``hacl-llava hallucinate --source rules`` makes them.
-
-    Args:
-        caption: English text.
-        kind: one of `KINDS`, or None for any.
-        seed: the same seed gives the same texts.
-        count: how many are wanted; fewer may come.
-
-    Returns:
-        A list of (kind, text).
-    """
-    if kind not in (None, *KINDS):
-        raise HaclError(f"kind is {kind!r}, allowed are {', '.join(KINDS)} or None for any.")
-    types = {kind: 1.0} if kind else None
-    item = Item(0, "caption", caption, (), (kind or KINDS[0],) * count)
-    return list(RulesSource(types, seed).block([item])[0].captions)

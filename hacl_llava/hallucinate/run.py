@@ -12,8 +12,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -29,17 +29,17 @@ from ..records import (
     with_captions,
     write_records,
 )
-from . import Answer, Item
-from .rules import BLOCK
+from . import Answer, Item, chance
+from .blind import SAMPLE, Candidate, fit
+from .source import BLOCK
+
+if TYPE_CHECKING:
+    from .likelihood import Likelihood
 
 EXIT_INCOMPLETE = 1  # some records are still to be asked for: the same command does it
+SEVERAL = 4  # times as many captions, where there is a choice among them
 AGAIN = "results: "  # begins the reason of a record whose answer, read from a file, did not do
 _SHOWN = 10  # problems named in a message
-
-
-def chance(*key: Any) -> float:
-    """A number in [0, 1) that depends on the key alone."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") / 2**64
 
 
 class Survey:
@@ -211,7 +211,8 @@ class Run:
     Args:
         source, target: paths. sources: {name: (share, source object)}. settings: what the answers depend on, as json;
         a journal that was begun with others is refused. per_caption: hallucinated captions for each caption.
-        types: {kind: weight}. bad_records: "refuse" or "skip". replace: also records that have hallucinated captions.
+        types: {kind: weight}. several: names of sources asked for `SEVERAL` times as many; `balance` chooses.
+        bad_records: "refuse" or "skip". replace: also records that have hallucinated captions.
         limit: only the first so many records. restart: throw an earlier run's answers away.
     """
 
@@ -224,6 +225,7 @@ class Run:
         per_caption: int,
         types: Mapping[str, float],
         seed: int,
+        several: Iterable[str] = (),
         bad_records: str = "refuse",
         replace: bool = False,
         limit: int | None = None,
@@ -231,6 +233,7 @@ class Run:
     ) -> None:
         self.source, self.target = os.fspath(source), os.fspath(target)
         self.per_caption, self.types, self.seed, self.limit = per_caption, types, seed, limit
+        self.several, self.taken = frozenset(several), {}
         self.journal_path = self.target + ".journal"
         self._check_target(restart)
         self.survey = Survey(self.source, replace)
@@ -266,11 +269,16 @@ class Run:
         self.journal = Journal(self.journal_path, self.header, self.survey.records, self.restart)
         return self.journal
 
-    def wanted(self, index: int) -> tuple[str, ...]:
-        """The kinds to ask for, one for each hallucinated caption of a record; different ones while there are any."""
+    def wanted(self, index: int, times: int = 1) -> tuple[str, ...]:
+        """The kinds to ask for, one for each hallucinated caption of a record; different ones while there are any.
+
+        Args:
+            times: how many times as many as are to be written.
+        """
         kinds = []
-        for turn in range(self.per_caption):
-            left = {k: w for k, w in self.types.items() if w > 0 and k not in kinds} or self.types
+        for turn in range(self.per_caption * times):
+            fewest = min(kinds.count(k) for k, w in self.types.items() if w > 0)
+            left = {k: w for k, w in self.types.items() if w > 0 and kinds.count(k) == fewest}
             at = chance(self.seed, "kind", index, turn) * sum(left.values())
             for kind, weight in left.items():
                 chosen, at = kind, at - weight
@@ -279,8 +287,24 @@ class Run:
             kinds.append(chosen)
         return tuple(kinds)
 
-    def items(self, mine: Callable[[int], bool], whole_blocks: bool = False) -> Iterator[Item]:
-        """The `Item` of every record that is still to be done; ``mine(index)``: whether a source has it."""
+    def _item(self, index, record, several=False):
+        name = name_of(self.source, index, record)
+        wanted, enough = self.wanted(index, SEVERAL if several else 1), self.per_caption if several else None
+        try:
+            return Item(index, name, caption_of(record), self.survey.others(record), wanted, enough)
+        except (KeyError, TypeError, AttributeError):
+            raise self._changed() from None
+
+    def every(self) -> Iterator[Item]:
+        """The `Item` of every record that has a caption to rewrite, done or not."""
+        records = _shown(stream_records(self.source), "counting words", self.survey.records)
+        for index, (_, record) in enumerate(records):
+            if index not in self.survey.skip:
+                yield self._item(index, record)
+
+    def items(self, mine: Callable[[int], bool], whole_blocks: bool = False, several: bool = False) -> Iterator[Item]:
+        """The `Item` of every record that is still to be done; ``mine(index)``: whether a source has it; ``several``:
+        whether it is asked for more than are to be written."""
         block, done = [], self.journal.done
         for index, (_, record) in enumerate(stream_records(self.source)):
             if self.limit is not None and index >= self.limit and not (whole_blocks and index % BLOCK):
@@ -291,11 +315,7 @@ class Run:
                 block = []
             if index in self.survey.skip or not mine(index) or done[index] == 1 and not whole_blocks:
                 continue
-            name = name_of(self.source, index, record)
-            try:
-                block.append(Item(index, name, caption_of(record), self.survey.others(record), self.wanted(index)))
-            except (KeyError, TypeError, AttributeError):
-                raise self._changed() from None
+            block.append(self._item(index, record, several))
             if not whole_blocks:
                 yield block.pop()
         if not all(done[i.index] == 1 for i in block):
@@ -339,7 +359,7 @@ class Run:
             usage = self.journal.usage.setdefault(name, Counter())
             before = cost and cost(usage)
             with _bar(total=todo, desc=name, unit=" captions") as bar:
-                answers = source.answers(self.items(split[name], source.whole_blocks))
+                answers = source.answers(self.items(split[name], source.whole_blocks, name in self.several))
                 try:
                     for answer in answers:
                         beyond = self.limit is not None and answer.index >= self.limit
@@ -364,6 +384,35 @@ class Run:
                 stopped.append(source.stopped)
         return stopped
 
+    def balance(self, likelihood: "Likelihood | None" = None) -> None:
+        """Choose among what sources gave that were asked for several: so that the words alone tell nothing.
+
+        Args:
+            likelihood: a language model that looks at them first, or None.
+        """
+        if not self.several:
+            return
+
+        def proposed(least=0.0):
+            for index, (_, record) in enumerate(stream_records(self.source)):
+                entry = self.journal.entry(index) if index < self.survey.records else None
+                if entry and entry["captions"] and entry["source"] in self.several:
+                    if chance(self.seed, "sample", index) >= least:
+                        found = [(index, caption_of(record), [Candidate(*each) for each in entry["captions"]])]
+                        yield from ((i, c, *(likelihood.judge([(c, f)]) if likelihood else [f])) for i, c, f in found)
+
+        share = SAMPLE / max(self.survey.records, 1)
+        choice = fit(
+            ((caption, found) for _, caption, found in proposed(1 - share)), self.types, self.per_caption, self.seed
+        )
+        for index, caption, found in proposed():
+            self.taken[index] = choice.take(index, caption, found)
+
+    def entry(self, index: int) -> dict[str, Any] | None:
+        """The journal's entry of a record, with the captions that are written; None if there is none."""
+        entry = self.journal.entry(index)
+        return {**entry, "captions": self.taken[index]} if entry and index in self.taken else entry
+
     def assemble(self) -> None:
         """Write the target from input and journal.
 
@@ -375,7 +424,7 @@ class Run:
             digest = hashlib.sha256()
             for index, (text, record) in enumerate(_shown(stream_records(self.source), "writing", self.survey.records)):
                 digest.update(text.encode())
-                entry = self.journal.entry(index) if index < self.survey.records else None
+                entry = self.entry(index) if index < self.survey.records else None
                 kinds, captions = zip(*entry["captions"]) if entry and entry["captions"] else ((), ())
                 yield with_captions(text, record, list(captions), list(kinds)) if captions else text
 
@@ -396,7 +445,7 @@ class Run:
     def entries(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """(index, journal entry or None) of every record, in order."""
         for index in range(self.survey.records):
-            yield index, self.journal.entry(index)
+            yield index, self.entry(index)
 
     def summary(self) -> dict[str, Any]:
         """Counts of the whole run so far, for people and for the report; and which records are without, by reason."""

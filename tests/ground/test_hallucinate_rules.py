@@ -16,7 +16,7 @@ from hacl_llava.config import HaclError
 from hacl_llava.hallucinate import KINDS, Item
 from hacl_llava.hallucinate.checks import Checker, Meaning, length, normal
 from hacl_llava.hallucinate.lexicon import article, lexicon, plural, singulars
-from hacl_llava.hallucinate.rules import BLOCK, RulesSource, rewrite
+from hacl_llava.hallucinate.source import BLOCK, RulesSource, rewrite
 
 COCO = Path(__file__).parents[1] / "data/coco_captions.json"
 WORDS = lexicon()
@@ -45,8 +45,9 @@ def test_human_captions_are_rewritten_with_new_content_at_their_length(captions)
     assert len(got) >= 0.97 * len(captions)
     for caption, text in got:
         assert normal(text) != normal(caption)
-        before, after = Counter(normal(caption).split()), Counter(normal(text).split())
-        assert after - before, f"{caption!r} -> {text!r} only leaves out"
+        # other words, or the same ones in each other's place
+        before, after = normal(caption).split(), normal(text).split()
+        assert Counter(after) - Counter(before) or len(before) == len(after), f"{caption!r} -> {text!r} only leaves out"
     for measure in (length, len):  # in tokens, in characters
         ratios = [measure(text) / measure(caption) for caption, text in got]
         assert sum(0.7 <= r <= 1.4 for r in ratios) >= 0.95 * len(ratios)
@@ -88,7 +89,7 @@ def test_deterministic_by_seed_whatever_the_workers_and_the_hash_seed(captions):
     code = f"""
 import json
 from hacl_llava.hallucinate import Item
-from hacl_llava.hallucinate.rules import RulesSource
+from hacl_llava.hallucinate.source import RulesSource
 captions = [r["conversations"][1]["value"] for r in json.load(open({str(COCO)!r}))][:50]
 items = [Item(i, "", c, (), ("existence",)) for i, c in enumerate(captions)]
 print(json.dumps([a.captions for a in RulesSource().answers(items)]))
@@ -177,7 +178,7 @@ def test_numbers_agree_with_noun_and_verb():
     assert "There are two cats on the bed" in all_of("There is a cat on the bed", "quantity")
     assert all(t[0].isupper() for t in texts)
     for text in all_of("Two men are walking three dogs", "quantity"):
-        assert re.search(r"men are walking", text) and re.search(r"dogs", text)
+        assert re.search(r"(men are|A man is) walking .*dog", text)
 
 
 def test_all_verbs_of_the_subject_agree_and_nouns_are_no_verbs():
@@ -293,7 +294,7 @@ def test_never_raises_never_the_same_always_repeatable(caption, seed, kind, coun
     for got, text in found:
         assert got in KINDS and (kind is None or got == kind)
         assert normal(text) != normal(caption) and normal(text)
-        assert Checker().problem(Item(0, "", caption), text) is None
+        assert Checker().problem(Item(0, "", caption), text, sure=True) is None
         assert 0.7 <= length(text) / max(length(caption), 1) <= 1.4
 
 
