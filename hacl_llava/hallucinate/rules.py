@@ -117,7 +117,6 @@ _PLAIN = {
     "across": ("along", "under"),
     "through": ("around", "past"),
     "past": ("into",),
-    "from": ("toward",),
     "off": ("onto",),
     "upstairs": ("downstairs",),
     "downstairs": ("upstairs",),
@@ -152,7 +151,8 @@ _PLACES = ("room", "venue", "nature", "surface", "stop")
 _VAGUE = frozenset("several many multiple numerous various some".split())
 _OF_SEVERAL = frozenset(
     "their they them themselves each other others another together both all one between among row rows line lines "
-    "various different same hugging kissing hands side team competing playing dressed either neither".split()
+    "various different same opposite including face hugging kissing hands side team competing playing dressed either "
+    "neither".split()
 )
 _BORNE = frozenset("on in wearing riding holding carrying".split())
 _WORN = frozenset("upper wear,skirt,headwear,accessory,bag,ride,road vehicle".split(","))
@@ -441,7 +441,7 @@ class Rules:
         for found in text.nouns:
             group = found.noun.group
             counted = text.at(found.end) == "of" and (found.noun.lemma in _GROUPS_OF or group.name == "unit")
-            if text.denied(found.start):
+            if text.denied(found.start) or "part" in group.flags:
                 continue  # "no dog" in place of "no cat" is true
             if found.head and not counted and not group.place and (group.words or group.other):
                 sites.append((3 if group.name in PEOPLE else 4, partial(self._swap, text, found)))
@@ -480,23 +480,32 @@ class Rules:
         for known in text.known:  # a dining table is a table
             if self.lexicon.related(word, known) or word.endswith(" " + known) or known.endswith(" " + word):
                 return False
+            if word.startswith(known + " ") or known.startswith(word + " of "):
+                return False
         return True
+
+    def _instead(self, text, found):
+        """Lists of what may take a noun's place, the first one first; none where it would read broken."""
+        noun, words, before = found.noun, self.lexicon, text.at(found.start - 1)
+        if noun.lemma in _UNCOUNTED and not noun.plural and text.at(self._phrase(text, found)[0]) not in _COUNTING:
+            return []  # "filled with furniture" would become "filled with chair"
+        described = before in words.attributes or before in words.adjectives or before in FUNCTION
+        if before and words.noun(before) and not described or noun.lemma in _CROWDS:
+            return []  # "train yard" would become "train forest", "oven mitt" "oven ball"
+        if before == "inside" or text.at(self._phrase(text, found)[0] - 1) == "inside" and noun.group.place != "in":
+            return []
+        lemma = words.synonym.get(noun.lemma, noun.lemma)
+        if noun.group.name == "age" and before in ("young", "old", "older", "younger", "elderly"):
+            return [tuple(w for w in ("man", "woman", "boy", "girl") if _GENDER[w] != _GENDER.get(lemma))]
+        if noun.group.name == "sports gear" and before in ("play", "plays", "playing", "played"):
+            return [("baseball", "basketball", "volleyball", "frisbee")]
+        return [self._options(noun.group), self._others(noun.group)]
 
     def _swap(self, text, found, dice):
         """Every mention of a noun becomes another noun of its group, or of the groups to look in instead."""
-        noun, groups, before = found.noun, self.lexicon.own, text.at(found.start - 1)
-        if noun.group.name == "age" and before in ("young", "old", "older", "younger", "elderly"):
-            among = [tuple(w for w in ("man", "woman", "boy", "girl") if _GENDER[w] != _GENDER.get(noun.lemma))]
-        elif noun.group.name == "sports gear" and before in ("play", "plays", "playing", "played"):
-            among = [("baseball", "basketball", "volleyball", "frisbee")]
-        else:
-            among = [self._options(noun.group), self._others(noun.group)]
-        if any(f.end == found.start and f.noun.group is noun.group for f in text.nouns):
-            return None  # "jet airplane" would become "jet submarine"
+        noun, groups = found.noun, self.lexicon.own
         mass = "mass" in noun.group.flags
-        if noun.lemma in _UNCOUNTED and not noun.plural and text.at(self._phrase(text, found)[0]) not in _COUNTING:
-            return None  # "filled with furniture" would become "filled with chair"
-        for options in among:
+        for options in self._instead(text, found) if not (mass and noun.plural) else ():
             for word in self._draw(text, found, options, dice):
                 group = groups[word]
                 if ("mass" in group.flags) != mass or not self._new(text, word):
@@ -583,7 +592,7 @@ class Rules:
         following = text.starts.get(j)
         if "posture" in kind or "motion" in kind:
             if "verb" in kind:
-                return i - 1 in text.inside
+                return i - 1 in text.inside and after not in DETERMINERS  # "jumps a gate"
             return following is None and before not in ("a", "an", "the") and after not in DETERMINERS
         if kind.endswith("verb"):
             return i - 1 in text.inside and (after in DETERMINERS or following is not None)
@@ -618,7 +627,8 @@ class Rules:
         if kind in beside:
             return None  # "dirty muddy grass" would become "dirty clean grass"
         options = [w for w in self.lexicon.attribute_groups[kind] if w != word and w not in text.low]
-        if kind == "age" and word == "old" and text.starts.get(j) and text.starts[j].noun.group.name not in PEOPLE:
+        of = next((f.noun.group.name for f in text.nouns if f.start >= j and f.head), None)
+        if kind == "age" and word == "old" and of not in _ANIMATE:
             options = ["new"]
         if "posture" in kind:
             subject = next((f.noun.group.name for f in reversed(text.nouns) if f.end <= i), "age")
@@ -699,6 +709,7 @@ class Rules:
             return (0, None) if few and pair else (start, "a couple of" if few else "a group of")
         free = before is None or not before[0].isalpha() or before in FUNCTION or before.endswith("ing")
         bare = free and before not in DETERMINERS | {"of"} and before not in NUMBER and "plural" not in group.flags
+        bare = bare and text.at(found.end) != ","  # "grapes, oranges and apples"
         if bare and found.noun.lemma != "people" and self._is_safe(text, found.end, many=True):
             return first, ""
         return 0, None
@@ -1043,10 +1054,10 @@ class Rules:
 
 _UNCOUNTED = frozenset(
     "furniture straw food fruit clothing clothes luggage glass paper wood traffic decoration corn broccoli cake "
-    "chicken chocolate fish pizza salad soup pasta stone brick lace garlic lettuce cabbage spinach celery squash "
-    "cauliflower "
-    "steak sushi candy pie ice pudding tape rope wire cable artwork wallpaper coral".split()
+    "jewelry jewellery chicken chocolate fish pizza salad soup pasta stone brick lace garlic lettuce cabbage spinach "
+    "celery squash cauliflower steak sushi candy pie ice pudding tape rope wire cable artwork wallpaper coral".split()
 )
+_CROWDS = frozenset("team crowd group family audience couple".split())
 _COUNTING = frozenset("a an one the this that his her their its my your".split())
 _LAST = frozenset("in on at near with behind under beside inside outside over across through along and".split())
 _TAKES_ADJECTIVE = frozenset("a an the his her their its of on in with and two three some".split())
