@@ -10,6 +10,7 @@ from .blind import Candidate
 FAR = 10.0  # nats: a candidate that is less likely than its caption by more is not chosen
 _TOKENS = 8192  # of a batch, padding included
 _LONGEST = 256  # tokens of a text that are looked at
+_REMEMBERED = 500_000  # texts
 
 
 def _load(path):
@@ -42,10 +43,18 @@ class Likelihood:
 
     def __init__(self, path: str) -> None:
         self.tokenizer, self.model = _load(path)
+        self._known = {}  # a sample's texts are asked for again when the choice is made
 
     def of(self, texts: Sequence[str]) -> list[float]:
         """The log-likelihood of each text, in nats: of all its tokens, the first after the beginning of a text, and of
         its end."""
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        self._known.update(zip(new, self._computed(new)))
+        return [self._known[text] for text in texts]
+
+    def _computed(self, texts):
         import torch
 
         tokenizer = self.tokenizer

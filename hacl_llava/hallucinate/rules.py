@@ -143,9 +143,7 @@ _OF_THINGS = frozenset("colour pattern material size".split())  # attributes tha
 # What holds one way only: "a dog behind a cat" is false where "a cat behind a dog" is true.
 _ONE_WAY = frozenset(
     "behind,in front of,on top of,above,below,under,underneath,beneath,on the left of,on the right of,to the left of,"
-    "to the right of,chasing,following,leading,watching,facing,looking at,holding,riding,pulling,carrying,towing".split(
-        ","
-    )
+    "to the right of,chasing,following,leading,watching,looking at,feeding".split(",")
 )
 _PLACES = ("room", "venue", "nature", "surface", "stop")
 _VAGUE = frozenset("several many multiple numerous various some".split())
@@ -300,7 +298,7 @@ class Text:
                 i += 1
         for found, following in zip(self.nouns, [*self.nouns[1:], None], strict=False):
             after = self.at(found.end)
-            if following and following.start == found.end or after in ("'", "’", "'s") or self._is_unknown(after):
+            if following and following.start == found.end or after in ("'", "’", "'s") or self.is_unknown(after):
                 found.head = False
 
     def _after_one(self, i):
@@ -334,7 +332,8 @@ class Text:
             )
         return before[0].isalpha() and before.endswith(("ing", "ed", "en")) and before not in FUNCTION
 
-    def _is_unknown(self, word):
+    def is_unknown(self, word: str | None) -> bool:
+        """Whether a token is a word of which nothing is known: a part of a name, perhaps."""
         words = self.lexicon
         return (
             word is not None
@@ -480,17 +479,22 @@ class Rules:
         for known in text.known:  # a dining table is a table
             if self.lexicon.related(word, known) or word.endswith(" " + known) or known.endswith(" " + word):
                 return False
-            if word.startswith(known + " ") or known.startswith(word + " of "):
+            if word.startswith(known + " ") or known.startswith(word + " "):
                 return False
         return True
 
     def _instead(self, text, found):
         """Lists of what may take a noun's place, the first one first; none where it would read broken."""
         noun, words, before = found.noun, self.lexicon, text.at(found.start - 1)
-        if noun.lemma in _UNCOUNTED and not noun.plural and text.at(self._phrase(text, found)[0]) not in _COUNTING:
+        start = self._phrase(text, found)[0]
+        bare = not noun.plural and text.at(start) not in _COUNTING and "mass" not in noun.group.flags
+        if bare and (noun.lemma in _UNCOUNTED or start and not {"a", "an"}.isdisjoint(text.low)):
             return []  # "filled with furniture" would become "filled with chair"
+        if noun.group.name == "furniture" and text.at(start - 1) in ("in", "into", "inside"):
+            return [("chair", "armchair", "bed", "crib", "hammock", "rocking chair")]
         described = before in words.attributes or before in words.adjectives or before in FUNCTION
-        if before and words.noun(before) and not described or noun.lemma in _CROWDS:
+        unknown = before and (words.noun(before) or text.is_unknown(before) or len(before) == 1 and before.isalpha())
+        if unknown and not described or noun.lemma in _CROWDS:
             return []  # "train yard" would become "train forest", "oven mitt" "oven ball"
         if before == "inside" or text.at(self._phrase(text, found)[0] - 1) == "inside" and noun.group.place != "in":
             return []
@@ -591,8 +595,9 @@ class Rules:
             return False
         following = text.starts.get(j)
         if "posture" in kind or "motion" in kind:
-            if "verb" in kind:
-                return i - 1 in text.inside and after not in DETERMINERS  # "jumps a gate"
+            if "verb" in kind:  # but "a food stand", "jumps a gate"
+                many = "plural" not in kind or any(f.end == i and f.noun.plural for f in text.nouns)
+                return i - 1 in text.inside and after not in DETERMINERS and many
             return following is None and before not in ("a", "an", "the") and after not in DETERMINERS
         if kind.endswith("verb"):
             return i - 1 in text.inside and (after in DETERMINERS or following is not None)
@@ -627,6 +632,9 @@ class Rules:
         if kind in beside:
             return None  # "dirty muddy grass" would become "dirty clean grass"
         options = [w for w in self.lexicon.attribute_groups[kind] if w != word and w not in text.low]
+        doer = next((f.noun.group.name for f in reversed(text.nouns) if f.end <= i and f.head), "age")
+        if kind.startswith(_DONE) and doer not in _ANIMATE:
+            return None  # "shelves holding shoes" would become "shelves throwing shoes"
         of = next((f.noun.group.name for f in text.nouns if f.start >= j and f.head), None)
         if kind == "age" and word == "old" and of not in _ANIMATE:
             options = ["new"]
@@ -671,7 +679,7 @@ class Rules:
                 continue
             phrases.append((start, first, found, said))
             options = tuple(q for q in _OTHER_THAN[said] if q != "a group of" or group.name in _ANIMATE)
-            if found.noun.plural and "plural" in group.flags:
+            if found.noun.plural and ("plural" in group.flags or found.noun.lemma in PLURAL_ONLY - {"people"}):
                 options = tuple(q for q in options if q != "a")
             if options:
                 weight = 4 if said not in ("", "a") else 2 if said == "" else 4 if found is text.nouns[0] else 1
@@ -834,6 +842,10 @@ class Rules:
             word, before = text.low[k], text.low[k - 1]
             if edits and before != "and":
                 continue
+            if word == "and" and not edits and k + 1 < text.size:
+                following = text.low[k + 1]
+                if following in DETERMINERS or following in PRONOUNS or k + 1 in text.starts:
+                    return edits  # what follows has another subject
             if word in _CLAUSE_ENDS:
                 return None if k == i and word in ("that", "which", "who") else edits
             if word in _SINGULAR_VERBS:
@@ -1057,7 +1069,8 @@ _UNCOUNTED = frozenset(
     "jewelry jewellery chicken chocolate fish pizza salad soup pasta stone brick lace garlic lettuce cabbage spinach "
     "celery squash cauliflower steak sushi candy pie ice pudding tape rope wire cable artwork wallpaper coral".split()
 )
-_CROWDS = frozenset("team crowd group family audience couple".split())
+_DONE = ("riding", "handling", "eating", "reading", "motion")
+_CROWDS = frozenset("team crowd group family audience couple toy".split())
 _COUNTING = frozenset("a an one the this that his her their its my your".split())
 _LAST = frozenset("in on at near with behind under beside inside outside over across through along and".split())
 _TAKES_ADJECTIVE = frozenset("a an the his her their its of on in with and two three some".split())

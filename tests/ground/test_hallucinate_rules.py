@@ -77,7 +77,7 @@ def test_several_for_a_caption_differ_in_kind_and_text(captions):
         assert len(set(texts)) == len(texts)
         assert (a.reason is None) == (len(texts) == 4)
     assert sum(len({k for k, _ in a.captions}) == 4 for a in answers) > 0.6 * len(answers)
-    assert sum(len({k for k, _ in a.captions}) >= 3 for a in answers) > 0.9 * len(answers)
+    assert sum(len({k for k, _ in a.captions}) >= 3 for a in answers) > 0.85 * len(answers)
 
 
 def test_deterministic_by_seed_whatever_the_workers_and_the_hash_seed(captions):
