@@ -12,7 +12,7 @@ A caption is tokenised, its nouns are found, and each kind of hallucination is a
   place, or is added.
 
 What takes a word's place is drawn by how often it stands beside the same words in the captions that are rewritten
-(`counts`). One candidate in three leaves out an adjective or the phrase at the end as well, as others add some.
+(`counts`). One candidate in four leaves out an adjective or the phrase at the end as well, as others say more.
 
 English only. Everything outside the changed words stays as it was.
 """
@@ -43,6 +43,7 @@ from .lexicon import (
     plural,
 )
 
+_FEW = 4  # candidates with which nothing has to be added
 MOST, MORE = 16, 8  # candidates of a caption to choose one among; for each further one
 LONGEST = 10_000  # characters of a caption; LLaVA's context is shorter
 CHARACTERS = (0.7, 1.4)  # length in characters, beside the checker's ratio in words; given up if nothing else is left
@@ -684,6 +685,8 @@ class Rules:
             if options:
                 weight = 4 if said not in ("", "a") else 2 if said == "" else 4 if found is text.nouns[0] else 1
                 sites.append((weight, partial(self._recount, text, start, first, found, said, options)))
+        if {"least", "most", "than"} & set(text.low):
+            sites.clear()  # "at least three cats"
         told = {p[0] for p in phrases}
         if any(word in NUMBER and i not in told for i, word in enumerate(text.low)):
             sites.clear()  # "two dogs, one of them black": what follows counts them again
@@ -1001,35 +1004,47 @@ class Rules:
     ) -> tuple[list[tuple[str, str]], dict[str, int]]:
         """Many hallucinated captions, of all kinds that there are sites of.
 
+        What only adds something may be true of the image, which the caption does not tell; so it is done only where
+        little else can be.
+
         Returns:
             [(kind, text)], at most ``most``, all different; and how many each check refused.
         """
-        kinds = [kind for kind in KINDS if sites.get(kind)]
-        found, seen, rejected, trims = [], set(), {}, self._trims(text)
-        for kind in kinds:
-            makes = [make for _, make in sites[kind]]
-            sums, got = list(itertools.accumulate(weight for weight, _ in sites[kind])), 0
-            for _ in range(2 * most // len(kinds)):
-                make = dice.weighted(makes, sums)
-                edits = make(dice)
-                if not edits:
-                    continue
-                edits = self._more(text, edits, sites[kind], dice)
-                if trims and dice.below(3) == 0:
-                    edits = self._trimmed(text, edits, trims, dice)
-                candidate = text.apply(edits)
-                if candidate in seen:
-                    continue
-                seen.add(candidate)
-                problem = self._problem(item, kind, candidate, sure=make.func == self._trade)
-                if problem is None:
-                    found.append((kind, candidate))
-                    got += 1
-                    if got == -(-most // len(kinds)):
-                        break
-                else:
-                    rejected[problem] = rejected.get(problem, 0) + 1
-        return found, rejected
+        found, rejected, trims = {}, {}, self._trims(text)
+        adds = (self._add_thing, self._add_place, self._colour)
+        for adding in (False, True):
+            if adding and len(found) >= _FEW:
+                break
+            left = {kind: [s for s in sites.get(kind, ()) if (s[1].func in adds) == adding] for kind in KINDS}
+            kinds = [kind for kind in KINDS if left[kind]]
+            for kind in kinds:
+                self._fill(item, text, kind, left[kind], dice, trims, most / len(kinds), found, rejected)
+        return [(kind, candidate) for candidate, kind in found.items()][:most], rejected
+
+    def _fill(self, item, text, kind, sites, dice, trims, most, found, rejected):
+        """Candidates of a kind into ``found``, {text: kind}."""
+        makes = [make for _, make in sites]
+        sums, got, seen = list(itertools.accumulate(weight for weight, _ in sites)), 0, set()
+        for _ in range(int(2 * most)):
+            make = dice.weighted(makes, sums)
+            edits = make(dice)
+            if not edits:
+                continue
+            edits = self._more(text, edits, sites, dice)
+            if trims and dice.below(4) == 0:
+                edits = self._trimmed(text, edits, trims, dice)
+            candidate = text.apply(edits)
+            if candidate in seen or candidate in found:
+                continue
+            seen.add(candidate)
+            problem = self._problem(item, kind, candidate, sure=make.func == self._trade)
+            if problem is None:
+                found[candidate] = kind
+                got += 1
+                if got >= most:
+                    break
+            else:
+                rejected[problem] = rejected.get(problem, 0) + 1
 
     def _problem(self, item, kind, candidate, taken=(), sure=False):
         problem = self.checker.problem(item, candidate, taken, sure=sure or kind == "quantity")
