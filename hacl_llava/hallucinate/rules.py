@@ -177,6 +177,7 @@ _OTHER_THAN = {
     "": ("a",),
     "two": ("a", "three", *_MANY, "several", "many", "a group of"),
     "several": ("a", "two", "a couple of"),
+    "some": ("a",),
     "a few": ("a", "two", "many"),
     "a group of": ("a", "two", "a couple of"),
     "a couple of": ("a", "three", *_MANY, "several", "many", "a group of"),
@@ -488,6 +489,8 @@ class Rules:
         """Lists of what may take a noun's place, the first one first; none where it would read broken."""
         noun, words, before = found.noun, self.lexicon, text.at(found.start - 1)
         start = self._phrase(text, found)[0]
+        if text.at(found.end) in ("sized", "themed", "shaped", "styled", "style", "like") or "corn" in noun.lemma:
+            return []
         bare = not noun.plural and text.at(start) not in _COUNTING and "mass" not in noun.group.flags
         if bare and (noun.lemma in _UNCOUNTED or start and not {"a", "an"}.isdisjoint(text.low)):
             return []  # "filled with furniture" would become "filled with chair"
@@ -604,7 +607,9 @@ class Rules:
             return i - 1 in text.inside and (after in DETERMINERS or following is not None)
         if kind in ("riding", "handling", "eating", "reading"):
             return after in DETERMINERS or following is not None and before not in ("a", "an", "the")
-        if kind in ("face", "facing", "parking", "flight"):
+        if kind == "facing":
+            return after in DETERMINERS or following is not None
+        if kind in ("face", "parking", "flight"):
             return True
         if kind in ("size", "age", "compare age", "compare size", "compare height") and following is not None:
             if following.noun.group.name == "child" or following.noun.lemma in ("boy", "girl", "baby"):
@@ -709,7 +714,7 @@ class Rules:
         if before in NUMBER and NUMBER[before] > 1 and text.at(first - 2) not in ("-", "a", "of", "number"):
             return (first - 1, before) if before in _OTHER_THAN else (0, None)
         if before in _VAGUE:
-            return first - 1, "several"
+            return first - 1, "some" if before in ("some", "various") else "several"
         if before == "few" and text.at(first - 2) == "a":
             return first - 2, "a few"
         if before == "of" and text.at(first - 2) in _GROUPS_OF and "plural" not in group.flags:
@@ -791,7 +796,9 @@ class Rules:
         if word in _PLURAL_VERBS:
             return [text.put(i, i + 1, _PLURAL_VERBS[word])]
         if self._is_safe(text, i, many=True):
-            return [] if not {"are", "were", "have", "do"} & set(text.low[i:]) else None
+            known, later = self.lexicon.verbs, range(i + 1, text.size)  # "two men with skis pose"
+            verbs = any(text.low[k] in known and k - 1 in text.inside and k not in text.inside for k in later)
+            return [] if not verbs and not {"are", "were", "have", "do"} & set(text.low[i:]) else None
         verb = word[0].isalpha() and word in self.lexicon.verbs and word not in FUNCTION and not word.endswith("s")
         if not verb or i in text.inside or "and" in text.low[i:] or after is None:
             return None
