@@ -44,8 +44,9 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         if of.kw_only:
             name, how["dest"] = flag or "--" + name.replace("_", "-"), name
         made = groups[either or group].add_argument(name, **how)
-        if made.required:
+        if made.required or not of.kw_only:
             value = made.metavar or "{" + ",".join(made.choices) + "}"
+            value = f"[{value}]" if made.nargs == "?" else value
             usage += [f"{name} {value}" if of.kw_only else value + " ..." * (made.nargs == "+")]
     words = f"usage: {' '.join(usage)}"
     parser.usage = textwrap.fill(words, 80, subsequent_indent=" " * 9, break_on_hyphens=False).removeprefix("usage: ")

@@ -57,21 +57,19 @@ _asked, _going, _api = (functools.partial(option, group=group) for group in _GRO
 class HallucinateOptions:
     """add hallucinated captions to LLaVA-format data
 
-    Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL: by rules, by a model
-    behind an OpenAI-compatible endpoint, or by a mix. A run that was stopped or killed goes on when the same command is
-    given again.
+    Give every caption of a LLaVA-format json hallucinated captions, the hard negatives of HACL. A run that was
+    stopped or killed goes on when the same command is given again.
     """
 
     input: str = argument("LLaVA-format json or json lines, .gz or not", metavar="INPUT")
     output: str | None = argument(
-        "with hallucinated captions; .json, .jsonl, .gz by its name; without it --report measures INPUT, any file of "
-        "hallucinated captions",
+        "with hallucinated captions; .json, .jsonl, .gz by its name; without it, --report measures INPUT",
         metavar="OUTPUT",
         nargs="?",
     )
     source: list[tuple[str, float]] | None = _asked(
-        "rules (no network, no model; the default), api (an OpenAI-compatible endpoint, your own vLLM or Ollama too); "
-        "give it again to mix: --source rules=0.3 --source api=0.7",
+        "rules (no network, no model; the default), api (an OpenAI-compatible endpoint, yours too); give it again to "
+        "mix: --source rules=0.3 --source api=0.7",
         type=_weighted(SOURCES, 1e-9),
         action="append",
         metavar="NAME[=SHARE]",
@@ -83,23 +81,16 @@ class HallucinateOptions:
         nargs="+",
         metavar="KIND[=WEIGHT]",
     )
-    choose: str | None = _asked(
-        "among several candidates for each so that text alone does not tell them from true captions, or any (default: "
-        "blind for rules, random for api)",
-        choices=("blind", "random"),
-    )
-    likelihood_model: str | None = _asked(
-        "a causal language model: no candidates that it finds far less likely than the caption (with blind)",
-        metavar="PATH",
-    )
+    choose: str | None = _asked("blind: text alone tells nothing (default: of rules)", choices=("blind", "random"))
+    likelihood_model: str | None = _asked("a causal LM: none that it finds far less likely", metavar="PATH")
     seed: int = _asked("of every random choice", 0)
     prompt_file: str | None = _asked(
         "system prompt in place of the paper's (text), or prompt, examples, temperature, attempts, price, max_cost, "
         "key_env, length_ratio ... (.yaml)",
         metavar="FILE",
     )
-    workers: int | None = _going("processes of rules (default: cores), requests of api (16)", type=whole, metavar="N")
-    limit: int | None = _going("only the first N records; the same command without it goes on", type=whole, metavar="N")
+    workers: int | None = _going("processes of rules (all cores), requests of api (16)", type=whole, metavar="N")
+    limit: int | None = _going("only the first N records; without it the run goes on", type=whole, metavar="N")
     bad_records: str = _going("those without a caption", "refuse", choices=("refuse", "skip"))
     replace: bool = _going("rewrite records that have hallucinated captions, too", False)
     restart: bool = _going("throw an earlier run's answers away and replace OUTPUT", False)

@@ -674,6 +674,28 @@ def test_a_mix_of_rules_and_endpoint(tmp_path, endpoint):
     assert all(r["hallucinated_captions"] for r in load(out))
 
 
+def test_an_endpoint_is_asked_for_several_of_which_the_choice_takes_one(tmp_path, endpoint):
+    server_class, api = endpoint
+    animals = ("elephant", "penguin", "kangaroo", "octopus")  # what the server answers, in this order
+    captions = [f"picture {i} of a brown {animals[i % 4]}" for i in range(80)]
+    source, chosen = write(tmp_path / "in.json", [record(i, c) for i, c in enumerate(captions)]), {}
+    for choose in ("random", "blind"):
+        out = tmp_path / f"{choose}.json"
+        with server_class() as server:
+            assert hallucinate(source, out, *api(server, "--choose", choose)) == 0
+            # the caption itself is refused, and asked for again where nothing else came
+            assert len(server.log) == (100 if choose == "random" else 80)
+            before = out.read_bytes()
+            out.unlink()
+            assert hallucinate(source, out, *api(server, "--choose", choose)) == 0 and out.read_bytes() == before
+        assert all(len(e["captions"]) == (1 if choose == "random" else 3) for e in journal(out))
+        texts = [r["hallucinated_captions"] for r in load(out)]
+        assert all(len(t) == 1 for t in texts)
+        chosen[choose] = Counter(t[0].split()[-1] for t in texts)
+    assert max(chosen["blind"].values()) <= 30 and len(chosen["blind"]) == 4
+    assert max(chosen["random"].values()) >= 50
+
+
 def test_a_spending_cap_and_going_on(tmp_path, endpoint, capsys):
     server_class, api = endpoint
     source = write(
