@@ -504,7 +504,8 @@ def test_killed_at_random_by_rules(tmp_path):
     source, out = tmp_path / "in.json", tmp_path / "out.json"
     captions = [r["conversations"][1]["value"] for r in load(COCO)]
     write(source, [record(i, captions[i % len(captions)]) for i in range(20_000)])
-    assert hallucinate(source, tmp_path / "whole.json", "--workers", 1) == 0
+    more = ("--workers", "1", "--choose", "random")  # of the blind choice: the test after this one
+    assert hallucinate(source, tmp_path / "whole.json", *more) == 0
     rng, kills = random.Random(0), 0
 
     def journaled(name="out.json"):
@@ -513,7 +514,7 @@ def test_killed_at_random_by_rules(tmp_path):
 
     for attempt in range(200):
         until = journaled() + rng.random() * journaled("whole.json") / 10
-        process = subprocess.Popen([*COMMAND, source, out, "--workers", "1"], stdout=-3, stderr=-3)
+        process = subprocess.Popen([*COMMAND, source, out, *more], stdout=-3, stderr=-3)
         # As it starts, or at work, which a busy machine may take long to come to; later whenever, and after ever more.
         wait = rng.random() * 0.6 if attempt < 9 else rng.random() + (attempt - 8) / 5
         if attempt < 9 and attempt % 3:
@@ -530,6 +531,24 @@ def test_killed_at_random_by_rules(tmp_path):
             kills += 1
             assert not out.exists() or out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert kills >= 3 and out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_blind_run_that_was_killed_goes_on_to_the_same_file(tmp_path):
+    source, out, whole = tmp_path / "in.json", tmp_path / "out.json", tmp_path / "whole.json"
+    captions = [r["conversations"][1]["value"] for r in load(COCO)]
+    write(source, [record(i, f"{captions[i % 401]} {i}") for i in range(600)])
+    assert hallucinate(source, whole, "--workers", 1) == 0
+    path, kills = tmp_path / "out.json.journal", 0
+    while kills < 2:
+        process = subprocess.Popen([*COMMAND, source, out, "--workers", "1"], stdout=-3, stderr=-3)
+        while (path.stat().st_size if path.exists() else 0) < 30_000 * (kills + 1) and process.poll() is None:
+            time.sleep(0.002)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        kills += 1
+    assert not out.exists() and 30_000 < path.stat().st_size < (tmp_path / "whole.json.journal").stat().st_size
+    assert hallucinate(source, out, "--workers", 1) == 0 and out.read_bytes() == whole.read_bytes()
 
 
 BEHAVIOURS = (
