@@ -51,7 +51,8 @@ class Likelihood:
         if len(self._known) > _REMEMBERED:
             self._known.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        self._known.update(zip(new, self._computed(new)))
+        if new:
+            self._known.update(zip(new, self._computed(new)))
         return [self._known[text] for text in texts]
 
     def _computed(self, texts):

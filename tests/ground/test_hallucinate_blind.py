@@ -206,6 +206,53 @@ def test_a_language_model_is_balanced_like_words():
     assert np.mean(taken) < 0.6 < np.mean(by_chance)
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A folder with a causal language model of a few words, of no sense."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("lm")
+    words = {word: i for i, word in enumerate("<unk> <s> </s> a dog cat sits on the couch red blue".split())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_likelihoods_are_those_of_each_text_alone(small_model, monkeypatch):
+    import torch
+
+    from hacl_llava.hallucinate import likelihood
+
+    model = likelihood.Likelihood(small_model)
+    texts = ["a dog", "the red cat sits on the couch", "a blue dog sits", ""]
+    with torch.no_grad():
+        for text, value in zip(texts, model.of(texts)):
+            ids = torch.tensor([[1, *model.tokenizer(text, add_special_tokens=False)["input_ids"], 2]])
+            mean = -model.model(input_ids=ids, labels=ids).loss.item()
+            assert value == pytest.approx(mean * (ids.shape[1] - 1), abs=1e-4)
+    found = [Candidate("existence", "a cat"), Candidate("attribute", "a blue dog sits on the red couch the cat")]
+    monkeypatch.setattr(likelihood, "FAR", 12.0)
+    near, only = model.judge([("a dog", found), ("a dog", found[1:])])
+    (alone,) = model.of(["a dog"])
+    assert near == [found[0]._replace(likelihood=pytest.approx(model.of(["a cat"])[0] - alone))]
+    assert [c.text for c in only] == [found[1].text]  # the likeliest where all are far
+
+
+def test_a_model_that_is_none_is_refused(tmp_path):
+    from hacl_llava.config import HaclError
+    from hacl_llava.hallucinate.likelihood import Likelihood
+
+    with pytest.raises(HaclError, match="--likelihood-model .* cannot be loaded .* give a folder"):
+        Likelihood(str(tmp_path))
+
+
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 VOCABULARY = sorted(lexicon().own)[::5] + "a an the two dogs in on red blue and , . of".split() * 20
