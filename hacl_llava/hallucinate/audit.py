@@ -11,16 +11,16 @@ import heapq
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from ..common.statistics import ratio, summarise
 from ..config import DataError, HaclError
 from ..records import caption_of, hallucinated_captions, hallucinated_kinds, problem_of, stream_records
 from . import chance
 from .checks import length
 from .lexicon import TOKEN
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST = 10_000  # pairs that are measured, drawn at random from larger files
 FOLDS = 5
@@ -120,7 +120,7 @@ def _sklearn():
     return sklearn
 
 
-def margins(pairs: Sequence[Pair]) -> np.ndarray:
+def margins(pairs: Sequence[Pair]) -> "np.ndarray":
     """By how much the true caption of each pair is preferred, by a classifier that saw no text of its image.
 
     Returns:
@@ -129,6 +129,8 @@ def margins(pairs: Sequence[Pair]) -> np.ndarray:
     Raises:
         HaclError: there are fewer images than folds.
     """
+    import numpy as np
+
     _sklearn()
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -161,6 +163,8 @@ def accuracy(values: Iterable[float], images: Sequence[str]) -> dict[str, Any]:
     Returns:
         {"pairs", "value", "interval"}; no value where there are fewer than `FEWEST`.
     """
+    from ..common.statistics import ratio, summarise
+
     items = [{"counts": {"right": (v > 0) + 0.5 * (v == 0), "pairs": 1}} for v in values]
     if len(items) < FEWEST:
         return {"pairs": len(items)}
@@ -199,6 +203,8 @@ def audit(
         ``length_ratio`` and ``edit_size``: quartiles, in tokens; ``hardest`` and ``easiest``: [margin, kind, caption,
         hallucinated caption].
     """
+    import numpy as np
+
     values = margins(pairs)
     found = {}
     for name, each in (("blind", values), ("likelihood", preference)):

@@ -16,12 +16,13 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import KINDS, chance
 from .lexicon import TOKEN
+
+if TYPE_CHECKING:
+    import numpy as np  # what needs it imports it when called: the commands' help does without
 
 BITS = 20  # of a hashed feature
 SAMPLE = 10_000  # captions that it is found from
@@ -50,7 +51,7 @@ def _grams(words, first, last, found, sign):
             found[ending] = found.get(ending, 0) + sign
 
 
-def features(caption: Sequence[str], candidate: Candidate) -> tuple[np.ndarray, np.ndarray]:
+def features(caption: Sequence[str], candidate: Candidate) -> "tuple[np.ndarray, np.ndarray]":
     """What a candidate has more of (or less, negative) than its caption.
 
     Args:
@@ -59,6 +60,8 @@ def features(caption: Sequence[str], candidate: Candidate) -> tuple[np.ndarray, 
     Returns:
         (places int64 [n] below 2 ** `BITS`, values float32 [n]); a place may come twice.
     """
+    import numpy as np
+
     after = words(candidate.text)
     first, end = 0, min(len(caption), len(after))
     while first < end and caption[first] == after[first]:
@@ -93,7 +96,7 @@ class Choice:
         of the draws.
     """
 
-    def __init__(self, weights: np.ndarray, kinds: dict[str, float], count: int, seed: int) -> None:
+    def __init__(self, weights: "np.ndarray", kinds: dict[str, float], count: int, seed: int) -> None:
         self.weights, self.kinds, self.count, self.seed = weights, kinds, count, seed
 
     def scores(self, caption: str, candidates: Sequence[Candidate]) -> list[float]:
@@ -154,6 +157,7 @@ def fit(
             as that leaves the texts balanced. count: how many are drawn for a caption. seed: of the draws.
             penalty: on the weights, against chance in rare words.
     """
+    import numpy as np
     from scipy.optimize import minimize
     from scipy.sparse import csr_matrix
 

@@ -909,7 +909,7 @@ def test_requests_of_many_captions_go_into_several_files(tmp_path, files, monkey
 
 def test_the_report_counts_what_was_made(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    records = load(COCO)[:60] + [record("x", "собака сидит на диване"), record("y", "A | dog <b> on a *bed*")]
+    records = load(COCO)[:60] + [record("x", "собака сидит на диване"), record("y", "A dog | <b> on a *bed*")]
     source, out = write(tmp_path / "in.json", records), tmp_path / "out.json"
     assert hallucinate(source, out, "--report") == 0
     text = (tmp_path / "out.report.md").read_text(encoding="utf-8")
@@ -919,7 +919,7 @@ def test_the_report_counts_what_was_made(tmp_path, capsys):
     assert found["without"] == {"not English": 1} and set(found["kinds"]) <= set(KINDS)
     assert found["settings"]["seed"] == 0 and found["settings"]["version"]
     assert "собака" in text and "## Candidates refused" in text and "not English" in text
-    assert r"A \| dog &lt;b&gt; on a \*bed\*" in text  # a caption is shown, never interpreted
+    assert r"A dog \| &lt;b&gt; on a \*bed\*" in text  # a caption is shown, never interpreted
     for table_row in (line for line in text.splitlines() if line.startswith("|")):
         assert table_row.endswith("|")
     picture = (tmp_path / "out.report.png").read_bytes()
