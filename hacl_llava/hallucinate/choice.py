@@ -1,4 +1,4 @@
-"""The choice: of a model's candidates for a caption those that pass the checks, one for each kind wanted."""
+"""What is taken of a model's answers: candidates that pass the checks, one for each kind wanted."""
 
 import re
 from collections import Counter
