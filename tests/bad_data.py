@@ -88,11 +88,11 @@ def without(*keys):
     return lambda r: {k: v for k, v in r.items() if k not in keys}
 
 
-def saved(name, mode="RGB", size=(40, 30), **options):
+def saved(name, mode="RGB", size=(40, 30), color=0, **options):
     def change(r, images):
         from PIL import Image
 
-        Image.new(mode, size, options.pop("color", 0)).save(images / name, **options)
+        Image.new(mode, size, color).save(images / name, **options)
         r["image"] = name
 
     return change
