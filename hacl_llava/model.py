@@ -98,7 +98,7 @@ class HaclMixin:
         Raises:
             HaclError: the settings do not suit the model.
         """
-        self.hacl_config, self.hacl_suffix, self.hacl_weight = config, list(suffix), config.weight_at(0.0)
+        self.hacl_config, self.hacl_suffix, self.hacl_progress = config, list(suffix), 0.0
         projector = self.get_model().mm_projector
         reference = next(projector.parameters(), next(self.parameters()))
         self.hacl_head = HaclHead(self.config.hidden_size, config).to(reference.device)
@@ -165,8 +165,8 @@ class HaclMixin:
                 ``input_ids``, ``labels`` and ``images`` are needed. All other arguments are LLaVA's.
 
         Returns:
-            With texts, only ``loss`` = loss_lm + weight * (loss_i2t + loss_t2i) / 2, the weight that of
-            `set_progress`; its parts are added to
+            With texts, only ``loss`` = loss_lm + weight * (loss_i2t + loss_t2i) / 2, the weight as
+            it is at ``hacl_progress``, the share of the run that is done; its parts are added to
             `hacl_metrics`. A row counts for the contrast if it has exactly one image, whole, and a caption.
 
         Raises:
@@ -181,11 +181,8 @@ class HaclMixin:
         loss_lm, e_v = passes.generation(self, rows)
         e_text = passes.texts(self, texts)
         contrast = self._contrast(loss_lm, e_v, e_text, rows.whole, texts["end"])
-        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_weight * contrast)
-
-    def set_progress(self, progress: float) -> None:
-        """Say how much of the run is done, from 0 to 1; the contrast's weight goes by it (`HaclConfig.weight_at`)."""
-        self.hacl_weight = self.hacl_config.weight_at(progress)
+        weight = self.hacl_config.weight_at(self.hacl_progress)
+        return CausalLMOutputWithPast(loss=loss_lm + weight * contrast)
 
     def _batch(self, args, kwargs):
         """Of the stock forward's arguments those that HACL's step takes."""

@@ -393,7 +393,7 @@ class HaclTrainer(ResumableTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`ResumableTrainer`'s; after the first, one line says what runs."""
-        self.model.set_progress(self.state.global_step / max(self.state.max_steps, 1))
+        self.model.hacl_progress = self.state.global_step / max(self.state.max_steps, 1)
         loss = super().training_step(*args, **kwargs)
         if not self._said and self.is_world_process_zero():
             self._say_what_runs()

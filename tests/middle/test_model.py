@@ -167,6 +167,15 @@ def test_without_captions_it_is_stock_llava_bit_for_bit(mini):
     assert set(ga) == set(gb) and all(torch.equal(ga[k], gb[k]) for k in gb)
 
 
+def test_the_contrast_begins_late_rises_and_ends(mini):
+    model, tokenizer = load(mini, weight=2.0, start=0.3, end=0.9)
+    batch = batch_of(mini, model, tokenizer, range(4))
+    for progress, weight in ((0.0, 0), (0.3, 0), (0.4, 1), (0.5, 2), (0.89, 2), (0.9, 0), (1.0, 0)):
+        model.hacl_progress = progress
+        loss, lm, i2t, t2i, _ = run(model, batch)
+        assert loss == pytest.approx(lm + weight * (i2t + t2i) / 2, abs=1e-5)
+
+
 def test_text_pass_has_a_graph_only_when_the_llm_trains(mini):
     model, tokenizer = load(mini)
     batch = batch_of(mini, model, tokenizer)
