@@ -192,9 +192,13 @@ def embeds_of(extractor, images, item):
     return model.prepare_inputs_labels_for_multimodal(ids, None, held, None, None, pixels, [size])[4]
 
 
+def place(folder, arm, steps, seed):
+    """Where a run lies."""
+    return folder / "runs" / f"llava-{arm}-{steps}-{seed}".replace(" ", "").replace(",", "-")
+
+
 def one(folder, arm, steps, seed):
-    of, name = make(folder, seed), f"{arm}-{steps}-{seed}".replace(" ", "").replace(",", "-")
-    output, began = folder / "runs" / f"llava-{name}", time.time()
+    of, output, began = make(folder, seed), place(folder, arm, steps, seed), time.time()
     train(folder, of, output, ARMS[arm], steps, seed)
     seconds = round(time.time() - began)
     command = [sys.executable, __file__, "--output", folder, "--measure", arm, str(steps), str(seed)]
@@ -233,8 +237,7 @@ def main():
     folder = args.output.resolve()
     if args.measure:
         arm, steps, seed = args.measure
-        name = f"{arm}-{steps}-{seed}".replace(" ", "").replace(",", "-")
-        print(json.dumps(measure(folder, folder / f"seed-{seed}", folder / "runs" / f"llava-{name}", ARMS[arm])))
+        print(json.dumps(measure(folder, folder / f"seed-{seed}", place(folder, arm, steps, seed), ARMS[arm])))
         return
     file = folder / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
