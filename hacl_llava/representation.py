@@ -84,8 +84,8 @@ class Centre:
 
     The states of an LLM share one large direction: raw, the cosine of a caption with any other is above .9, and at the
     usual temperatures nearly nothing is left to tell them by. In step s, c_s = c_(s-1) + r_s (m_s - c_(s-1)), where m_s
-    is the mean over the captions of all ranks and r_s = 1 / s: the mean of all so far. After `STEPS` steps it stays
-    as it is while the LLM is frozen, and follows slowly, r_s = 1 / STEPS, one that trains.
+    is the mean over the captions of all ranks and r_s = 1 / s: the mean of all so far. A step without captions is none.
+    After `STEPS` steps it stays as it is while the LLM is frozen, and follows slowly, r_s = 1 / STEPS, one that trains.
 
     A plain tensor in float32, no buffer, which DeepSpeed would round to its own dtype.
     """
@@ -93,7 +93,7 @@ class Centre:
     STEPS = 100
 
     def __init__(self) -> None:
-        self.mean, self.steps = None, 0
+        self.mean, self.steps = None, torch.zeros(())
 
     @torch.no_grad()
     def update(self, states: Tensor, mask: Tensor, moves: bool) -> None:
@@ -102,18 +102,19 @@ class Centre:
         Args:
             states: ``[B, D]`` e_t. mask: ``[B]`` bool, which of them count. moves: whether the LLM trains.
         """
-        rate = 1 / min(self.steps + 1, self.STEPS)
-        if self.steps >= self.STEPS and not moves:
-            return
         states = states.detach().float()
         mask = (mask & torch.isfinite(states).all(1))[:, None]
         sums = torch.cat([states.masked_fill(~mask, 0).sum(0), mask.sum(0).float()])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         old = torch.zeros_like(sums[:-1]) if self.mean is None else self.mean.to(sums.device)
-        # A batch without captions leaves it as it is; without waiting for the device to say so.
-        self.mean = torch.where(sums[-1] > 0, old + rate * (sums[:-1] / sums[-1].clamp(min=1) - old), old)
-        self.steps += 1
+        steps, counts = self.steps.to(sums.device), sums[-1] > 0
+        if not moves:
+            counts = counts & (steps < self.STEPS)
+        # All on the device: nothing waits for it.
+        rate = counts / (steps + 1).clamp(max=self.STEPS)
+        self.mean = old + rate * (sums[:-1] / sums[-1].clamp(min=1) - old)
+        self.steps = steps + counts
 
     def subtract(self, states: Tensor) -> Tensor:
         """``states`` less the mean, float32."""
@@ -121,12 +122,12 @@ class Centre:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for a file; empty before the first batch."""
-        return {} if self.mean is None else {"centre": self.mean.cpu(), "centre_steps": torch.tensor(float(self.steps))}
+        return {} if self.mean is None else {"centre": self.mean.cpu(), "centre_steps": self.steps.cpu()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take `state` back, from a dict that may hold more; what is taken leaves it."""
         if "centre" in state:
-            self.mean, self.steps = state.pop("centre").float(), int(state.pop("centre_steps"))
+            self.mean, self.steps = state.pop("centre").float(), state.pop("centre_steps").float()
 
 
 class HaclHead(nn.Module):
@@ -155,15 +156,27 @@ class HaclHead(nn.Module):
             torch.tensor([math.log(config.temperature)]), requires_grad=config.learnable_temperature
         )
         self.centre = Centre() if config.centre else None
+        self.gradient_ratio: float | None = None  # as `gradient_share` found it last
+
+    def kept(self) -> dict[str, Tensor]:
+        """What is saved beside the weights, by name: the centre and the ratio of gradients, as far as there are any."""
+        state = {} if self.centre is None else self.centre.state()
+        return state if self.gradient_ratio is None else {**state, "gradient_ratio": torch.tensor(self.gradient_ratio)}
+
+    def load_kept(self, state: dict[str, Tensor]) -> None:
+        """Take `kept` back, from a dict that may hold more; what is taken leaves it."""
+        (self.centre or Centre()).load(state)
+        ratio = state.pop("gradient_ratio", None)
+        self.gradient_ratio = None if ratio is None else ratio.item()
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take weights, temperature and centre from what `read_head` returns.
+        """Take weights, temperature and what is `kept` from what `read_head` returns.
 
         Raises:
             HaclError: they are of other shapes.
         """
         state = dict(state)
-        (self.centre or Centre()).load(state)
+        self.load_kept(state)
         own = {k: list(v.shape) for k, v in self.state_dict().items()}
         got = {k: list(v.shape) for k, v in state.items()}
         if own != got:

@@ -12,6 +12,7 @@ from conftest import batch_of, gradients, load, rows_of, texts_of, with_texts
 from reference import naive_loss
 from workers import run_ranks
 
+from hacl_llava import gradient_share
 from hacl_llava import loss as loss_module
 from hacl_llava.loss import HaclLoss, hacl_loss
 
@@ -129,13 +130,15 @@ def model_worker(rank, world, paths, settings, zero=False):
         model.zero_grad()
         model.reset_hacl_metrics()
         wrapped(**mine).loss.backward()
-    return {k: v.numpy() for k, v in gradients(model).items()}, model.hacl_metrics(), model.hacl_fused
+    found = {k: v.numpy() for k, v in gradients(model).items()}, model.hacl_metrics(), model.hacl_fused
+    return *found, gradient_share.ratio(model, **mine)
 
 
 class GroupedLoss(torch.nn.Module):
     """In one process, what two ranks with ``negatives="batch"`` compute: the joined batch with candidates by rank."""
 
-    def forward(self, v, t, h, h_mask, mask, tau):
+    def forward(self, **features):
+        v, t, h, h_mask, mask, tau = features.values()
         i2t, t2i = naive_loss(v, t, h, h_mask, mask, tau, "batch", ranks=2)
         return {**hacl_loss(v, t, h, h_mask, mask, tau), "loss": (i2t + t2i) / 2, "loss_i2t": i2t, "loss_t2i": t2i}
 
@@ -162,7 +165,9 @@ def test_model_under_ddp_equals_one_process(mini, settings):
         model(**batch).loss.backward()
     want, figures = gradients(model), model.hacl_metrics()
     ranks = run_ranks(model_worker, vars(mini), settings)
-    for got, got_figures, fused in ranks:
+    share = None if isinstance(model.hacl_loss, GroupedLoss) else gradient_share.ratio(model, **batch)
+    for got, got_figures, fused, got_share in ranks:
+        assert share is None or got_share == pytest.approx(share, rel=1e-4)
         assert fused is settings.get("fused", True)
         assert set(got) == set(want)
         for name in want:

@@ -9,7 +9,7 @@ import torch
 from conftest import batch_of, gradients, load, relative, texts_of
 from reference import naive_step
 
-from hacl_llava import fused, representation
+from hacl_llava import fused, gradient_share, representation
 
 CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
@@ -174,6 +174,58 @@ def test_the_contrast_begins_late_rises_and_ends(mini):
         model.hacl_progress = progress
         loss, lm, i2t, t2i, _ = run(model, batch)
         assert loss == pytest.approx(lm + weight * (i2t + t2i) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_share_of_the_gradient(mini, mixed, monkeypatch, checkpointing, fused):
+    """The ratio is that of what reaches the projector's output in plain steps, and measuring it leaves no trace."""
+    model, tokenizer = load(mini, **PROMPT, fused=fused, queue_size=8, weight=1.0, gradient_share=0.25)
+    if kwargs := CHECKPOINTING[checkpointing]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.enable_input_require_grads()
+    batch = batch_of(mini, model, tokenizer, range(7), mixed)
+    outputs, encode = [], model.encode_images
+
+    def kept(images):
+        outputs.append(encode(images))
+        outputs[-1].retain_grad() if outputs[-1].requires_grad else None
+        return outputs[-1]
+
+    monkeypatch.setattr(model, "encode_images", kept)
+    model(**batch)  # the queue is the same from here on
+    queue = model.hacl_loss.queue_state()
+    found = {}
+    for ratio in (None, 4.0):  # no contrast before gradients are compared; then a weight of 1
+        model.hacl_head.gradient_ratio = ratio
+        model.hacl_loss.load_queue_state(queue)
+        loss, lm, i2t, t2i, _ = run(model, batch)
+        assert loss == pytest.approx(lm + (0 if ratio is None else (i2t + t2i) / 2), abs=1e-5)
+        found[ratio] = outputs[-1].grad.clone()
+    want = (found[None].norm() / (found[4.0] - found[None]).norm()).item()
+
+    model.hacl_loss.load_queue_state(queue)
+    model.zero_grad()
+    figures, centre, state = model.hacl_metrics(reset=False), model.hacl_head.centre.state(), torch.get_rng_state()
+    got = gradient_share.ratio(model, **batch)
+    assert got == pytest.approx(want, rel=1e-3)
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(queue[k], model.hacl_loss.queue_state()[k]) for k in ("images", "texts", "mask"))
+    assert model.hacl_metrics() == figures
+    assert all(torch.equal(v, model.hacl_head.centre.state()[k]) for k, v in centre.items())
+    model.hacl_head.gradient_ratio = got
+    assert model.hacl_weight() == pytest.approx(0.25 * want, rel=1e-3)
+    assert gradient_share.ratio(model, **batch_of(mini, model, tokenizer, (4,), mixed)) is None  # no image
+
+
+def test_a_batch_without_captions_is_none_for_the_centre():
+    centre, states = representation.Centre(), torch.randn(4, 3)
+    all_, none = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    for mask in (none, all_, none):
+        centre.update(states, mask, moves=False)
+    torch.testing.assert_close(centre.mean, states.mean(0))
+    centre.update(states + 2, all_, moves=False)
+    torch.testing.assert_close(centre.mean, states.mean(0) + 1)
 
 
 def test_text_pass_has_a_graph_only_when_the_llm_trains(mini):

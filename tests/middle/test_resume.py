@@ -41,7 +41,7 @@ def final(folder):
     if (folder / "hacl_head.safetensors").exists():
         tensors |= load_file(folder / "hacl_head.safetensors")
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    keys = ("step", "loss", "learning_rate", "loss_lm", "loss_i2t", "retrieval_accuracy")
+    keys = ("step", "loss", "learning_rate", "loss_lm", "loss_i2t", "retrieval_accuracy", "hacl_weight")
     return tensors, [[x.get(k) for k in keys] for x in log if "loss" in x]
 
 
@@ -77,7 +77,7 @@ def train(monkeypatch, capsys, mini):
 def test_goes_on_as_if_never_stopped(train, tmp_path):
     """In the middle of the second epoch, with LLaVA's sampler by lengths, queue, centre, a late start: bit for bit."""
     flags = ("--save_total_limit", "8", "--group_by_modality_length", "True")
-    flags += ("--hacl_centre", "True", "--hacl_start", "0.6", "--hacl_head_dim", "0")
+    flags += ("--hacl_centre", "True", "--hacl_start", "0.3", "--hacl_gradient_share", "0.5", "--hacl_head_dim", "0")
     assert train(tmp_path / "whole", *flags)[0] == 0
     want, log = final(tmp_path / "whole")
     assert len(log) == 8 and steps(tmp_path / "whole") == list(range(1, 9))
@@ -107,14 +107,18 @@ def test_goes_on_as_if_never_stopped(train, tmp_path):
 
     assert not same(resumed("optimizer", forget)[0], want)
 
-    def without_centre(folder):
-        file = folder / "hacl_head.safetensors"
-        kept = {k: v for k, v in load_file(file).items() if "centre" not in k}
-        with safe_open(file, "pt") as old:
-            metadata = old.metadata()
-        save_file(kept, file, metadata=metadata)
+    for name in ("centre", "gradient_ratio"):
 
-    assert not same(resumed("centre", without_centre)[0], want)
+        def without(folder, name=name):
+            file = folder / "hacl_head.safetensors"
+            kept = {k: v for k, v in load_file(file).items() if name not in k}
+            with safe_open(file, "pt") as old:
+                metadata = old.metadata()
+            save_file(kept, file, metadata=metadata)
+
+        assert not same(resumed(name, without)[0], want)
+    weights = [row[-1] for row in log]
+    assert weights[:2] == [0, 0] and len(set(weights[2:])) == 6 and max(weights) < 1  # the limit holds, and moves
 
 
 def test_what_cannot_be_as_it_was_is_said(train, tmp_path, mini, records):
