@@ -180,9 +180,10 @@ def _dots(axis, found):
         axis.set_axis_off()
         return
     handles = dots(axis, list(rows), series)
+    low = min(0.3, *(row.get("interval", [1])[0] for of in series.values() for row in of.values())) - 0.02
     axis.axvline(0.5, color="black", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(rows)), [plain(row) for row in rows])
-    axis.set(title="What text alone tells", xlabel="share ordered rightly (dashed: chance)", xlim=(0.3, 1))
+    axis.set(title="What text alone tells", xlabel="share ordered rightly (dashed: chance)", xlim=(low, 1.02))
     if len(handles) > 1:
         axis.legend(handles=list(handles.values()), loc="lower right")
 
