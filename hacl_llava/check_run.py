@@ -14,7 +14,7 @@ import torch
 
 from .common.weights import CheckpointError, Weights, first_line, is_whole, read_json
 from .compat import STATE_FILE
-from .config import HaclConfig, HaclError, on_first_rank
+from .config import HaclConfig, HaclError, RunSettings, on_first_rank
 from .resume import ranks_of
 from .run import Run
 
@@ -96,6 +96,32 @@ def deepspeed_config(run: Run) -> str | None:
     file = run.training.deepspeed
     if isinstance(file, str) and file and not file.lstrip().startswith("{") and not Path(file).is_file():
         return f"--deepspeed {file}: is no file; give a configuration, as zero_configs/zero2.json."
+    return None
+
+
+def text_cache(run: Run) -> str | None:
+    """``--hacl_text_cache`` keeps what is constant: the states of an LLM that is frozen, and whole on each rank."""
+    folder = RunSettings.from_arguments(run.model).text_cache
+    if not folder or not run.model.use_hacl:
+        return None
+    flag, model = f"--hacl_text_cache {folder}", run.model
+    if Path(folder).exists() and not Path(folder).is_dir():
+        return f"{flag}: is a file; give a folder."
+    frozen = model.tune_mm_mlp_adapter or getattr(model, "freeze_backbone", False)
+    if not frozen or run.training.lora_enable or model.mm_use_im_start_end:
+        return (
+            f"{flag}: keeps the states of an LLM that is frozen, and in this run it trains (no --tune_mm_mlp_adapter "
+            "True, or a LoRA, or --mm_use_im_start_end True); leave the flag out."
+        )
+    config = run.training.deepspeed
+    if isinstance(config, str) and Path(config).is_file():
+        config = read_json(Path(config))
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        return (
+            f"{flag}: under ZeRO-3 all ranks have to run the same passes; give --deepspeed zero_configs/zero2.json, or "
+            "leave the flag out."
+        )
     return None
 
 
@@ -424,7 +450,8 @@ def earlier_stage2(run: Run) -> str | None:
 
 
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
-    *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config, something_to_learn),
+    *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config, text_cache),
+    something_to_learn,
     *(language_model, context, tower, image_features, projector),
     *(image_folder, output_folder, earlier_stage1, earlier_stage2),
 )

@@ -157,9 +157,10 @@ class HaclConfig:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run does when something goes wrong; flags with the prefix ``--hacl_`` too, but no part of the model.
+    """How a run is done; flags with the prefix ``--hacl_`` too, but no part of the model.
 
-    They hold for stage 1 and 2, with and without HACL, and leave no trace in a run in which nothing goes wrong.
+    ``text_cache`` is HACL's alone. The others say what becomes of what goes wrong: they hold for stage 1 and 2, with
+    and without HACL, and leave no trace in a run in which nothing does.
 
     Raises:
         HaclError: a value is out of range.
@@ -184,6 +185,11 @@ class RunSettings:
         "stop",
         "Loss or gradient that is not a number: the batch never reaches the weights; stop ends the run with the "
         "records' ids, skip goes on and lists them in OUTPUT_DIR/nonfinite.jsonl.",
+    )
+    text_cache: str = _setting(
+        "",
+        "A folder in which the frozen LLM's states of captions are kept, so that further epochs and runs read them in "
+        "place of a pass; empty: none.",
     )
 
     def __post_init__(self) -> None:

@@ -125,6 +125,11 @@ def texts(model: Any, packed: PackedTexts) -> Tensor:
 # --- the self-check ---------------------------------------------------------------------------------------------------
 
 
+def allowed_difference(dtype: torch.dtype) -> float:
+    """Between states of the same text by two ways through the LLM: the norm of their difference over their norm."""
+    return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)
+
+
 @torch.no_grad()
 def check(model: Any, device: torch.device) -> bool:
     """Whether fused passes give on this very model what separate ones do; on a difference, says so.
@@ -175,7 +180,7 @@ def _problem(model, device):
 
     pairs = (states[:, -1], alone), (states[:, : mask.shape[1]][mask], plain[mask]), (together, apart)
     found = max(difference(*pair) for pair in pairs)
-    allowed = {torch.float64: 1e-8, torch.float32: 1e-3}.get(embeds.dtype, 0.1)
+    allowed = allowed_difference(embeds.dtype)
     if found <= allowed:
         return None
     return f"its states differ from separate passes by {found:.2g} (relative; allowed {allowed:g})"

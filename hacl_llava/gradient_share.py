@@ -33,7 +33,7 @@ def ratio(model: Any, texts: PackedTexts, **batch: Any) -> float | None:
     passes = representation if model.hacl_fused is False else fused
     with torch.no_grad():
         rows = fused.splice_images(model, **model.hacl_batch((), batch))
-        e_text = passes.texts(model, texts)
+        e_text = model.hacl_texts(passes, texts)
     visual = rows.embeds.detach().requires_grad_()  # a leaf: parameters in front of it, and their hooks, take no part
     loss_lm, e_v = passes.generation(model, rows._replace(embeds=visual))
     (loss_lm * SCALE).backward(retain_graph=True)

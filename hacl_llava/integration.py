@@ -169,6 +169,8 @@ def _starting(choose, stage):
             check_run(run)
             SIGNALS.catch()
             check_folder(training.output_dir)
+            if model.use_hacl and training.hacl_run.text_cache:
+                check_folder(training.hacl_run.text_cache, "--hacl_text_cache")
             lock_folder(training.output_dir)
             check_before_run(run)
             # LLaVA makes projector and adapters before the Trainer seeds anything, and so does HACL its heads.

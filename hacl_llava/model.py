@@ -35,6 +35,7 @@ class HaclMixin:
     def __init__(self, config: Any):
         super().__init__(config)
         self.hacl_head = None
+        self.hacl_text_cache = None  # a TextCache, for training alone
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -179,7 +180,7 @@ class HaclMixin:
             self.hacl_fused = fused.check(self, rows.embeds.device)
         passes = fused if self.hacl_fused else representation
         loss_lm, e_v = passes.generation(self, rows)
-        e_text = passes.texts(self, texts)
+        e_text = self.hacl_texts(passes, texts)
         if self.hacl_head.centre is not None and self.training:
             counts = rows.whole & (texts["end"][: len(e_v)] >= 0)
             self.hacl_head.centre.update(e_text[: len(e_v)], counts, llm_trains(self))
@@ -187,6 +188,12 @@ class HaclMixin:
         parts = self.hacl_loss(**features)
         self._keep(loss_lm, features, parts)
         return CausalLMOutputWithPast(loss=loss_lm + self.hacl_weight() * parts["loss"])
+
+    def hacl_texts(self, passes: Any, texts: PackedTexts) -> Tensor:
+        """e_t, then e_h, by the pass of `fused` or `representation`; in training by `hacl_text_cache`, if there is one."""
+        if self.hacl_text_cache is None or not self.training:
+            return passes.texts(self, texts)
+        return self.hacl_text_cache.states(self, texts, passes.texts)
 
     def hacl_weight(self) -> float:
         """The contrast's weight in this step, as `HaclConfig.weight_at` and ``gradient_share`` have it."""

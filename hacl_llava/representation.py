@@ -258,12 +258,15 @@ def hidden(model: Any, embeds: Tensor, mask: Tensor, positions: Tensor | None = 
     )[0]
 
 
+def llm_parameters(model: Any) -> Iterator[nn.Parameter]:
+    """Parameters of the LLM up to its last states: embeddings and layers, with a LoRA's; not those of lm_head."""
+    outside = ("mm_projector", "vision_tower", "image_newline")
+    return (p for n, p in model.get_model().named_parameters() if not any(part in n for part in outside))
+
+
 def llm_trains(model: Any) -> bool:
     """Whether anything in the LLM trains; asked of the parameters, not of a flag: LoRA or embeddings count."""
-    outside = ("mm_projector", "vision_tower", "image_newline")
-    return any(
-        p.requires_grad for n, p in model.get_model().named_parameters() if not any(part in n for part in outside)
-    )
+    return any(p.requires_grad for p in llm_parameters(model))
 
 
 @contextlib.contextmanager

@@ -489,8 +489,8 @@ def lock_folder(folder: str | os.PathLike) -> None:
         LOCK.enter_context(locked(Path(folder) / ".lock", str(folder), "give another --output_dir"))
 
 
-def check_folder(folder: str | os.PathLike) -> None:
-    """Make the folder of a run, and write a file into it and remove it again.
+def check_folder(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
+    """Make the folder that a flag names, and write a file into it and remove it again.
 
     Raises:
         HaclError: that does not work.
@@ -502,4 +502,4 @@ def check_folder(folder: str | os.PathLike) -> None:
         flush(probe)
         probe.unlink()
     except OSError as error:
-        raise HaclError(f"--output_dir {folder}: cannot be written ({error.strerror}); give another.") from None
+        raise HaclError(f"{flag} {folder}: cannot be written ({error.strerror}); give another.") from None

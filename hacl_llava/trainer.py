@@ -41,6 +41,7 @@ from .resume import (
     say,
     write_manifest,
 )
+from .text_cache import TextCache
 
 UNFINISHED = "unfinished"
 EPOCH_START = "rng_epoch.pt"
@@ -375,6 +376,8 @@ class HaclTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         if self.model.hacl_config.gradient_share and (llm_trains(self.model) or is_deepspeed_zero3_enabled()):
             raise HaclError("hacl_gradient_share needs a frozen LLM and ZeRO-0, 1 or 2; leave it out.")
+        if folder := (getattr(self.args, "hacl_run", None) or RunSettings()).text_cache:
+            self.model.hacl_text_cache = TextCache(folder)
 
     def _say_what_runs(self):
         """One line, from the objects that run rather than from the flags that asked for them."""
@@ -424,6 +427,8 @@ class HaclTrainer(ResumableTrainer):
         if "loss" in logs:
             logs = {**logs, **{k: round(v, 4) for k, v in self.model.hacl_metrics().items()}}
             logs["hacl_weight"] = float(f"{self.model.hacl_weight():.4g}")
+        if "train_loss" in logs and self.model.hacl_text_cache is not None and self.is_world_process_zero():
+            print(f"HACL texts: {self.model.hacl_text_cache}.", flush=True)
         return super().log(logs, *args, **kwargs)
 
     def _save_beside(self, folder):

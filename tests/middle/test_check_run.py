@@ -60,7 +60,8 @@ def test_a_run_in_which_nothing_is_wrong(run):
         warnings.simplefilter("error")
         for stage in (1, 2):
             check_run.check_run(run(stage))
-            check_run.check_run(run(stage, use_hacl=False))
+            check_run.check_run(run(stage, use_hacl=False, hacl_text_cache="no matter"))
+        check_run.check_run(run(hacl_text_cache="new", deepspeed="zero_configs/zero2.json"))
     check_run.check_run(run(1, pretrain_mm_mlp_adapter=run(2).model.pretrain_mm_mlp_adapter))
 
 
@@ -84,6 +85,10 @@ CASES = [  # which check, stage, flags, what it says
     ("image_folder", 1, {"image_folder": "nowhere"}, "--image_folder nowhere: is no folder"),
     ("projector", 2, {"pretrain_mm_mlp_adapter": "nowhere.bin"}, "nowhere.bin: is no file"),
     ("projector", 1, {"pretrain_mm_mlp_adapter": "nowhere.bin"}, "nowhere.bin: is no file"),
+    ("text_cache", 1, {"hacl_text_cache": "README.md"}, "--hacl_text_cache README.md: is a file"),
+    ("text_cache", 1, {"hacl_text_cache": "c", "mm_use_im_start_end": True}, "frozen, and in this run it trains"),
+    ("text_cache", 1, {"hacl_text_cache": "c", "lora_enable": True}, "frozen, and in this run it trains"),
+    ("text_cache", 1, {"hacl_text_cache": "c", "deepspeed": "zero_configs/zero3.json"}, "give .+/zero2.json, or leave"),
 ]
 
 
