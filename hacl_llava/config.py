@@ -186,11 +186,7 @@ class RunSettings:
         "Loss or gradient that is not a number: the batch never reaches the weights; stop ends the run with the "
         "records' ids, skip goes on and lists them in OUTPUT_DIR/nonfinite.jsonl.",
     )
-    text_cache: str = _setting(
-        "",
-        "A folder in which the frozen LLM's states of captions are kept, so that further epochs and runs read them in "
-        "place of a pass; empty: none.",
-    )
+    text_cache: str = _setting("", "Folder that keeps the frozen LLM's states of captions for further epochs and runs.")
 
     def __post_init__(self) -> None:
         for name, allowed in (("check_data", CHECK_DATA), ("bad_records", BAD_RECORDS), ("nonfinite", NONFINITE)):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -137,8 +138,6 @@ class TextCache:
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
         """The connection; what SQLite says is raised as a `HaclError`."""
-        from filelock import FileLock
-
         try:
             if self._connection is None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,8 @@ def _show_help(stage):
     for name, kind, field in hacl_argument_fields(use_hacl=stage == 1):
         choices = getattr(kind, "__args__", None)
         metavar = "|".join(choices) if choices else "True|False" if kind is bool else kind.__name__.upper()
-        hacl.add_argument(f"--{name}", metavar=metavar, help=f"{field.metadata['help']} (default: {field.default})")
+        default = "none" if field.default == "" else field.default
+        hacl.add_argument(f"--{name}", metavar=metavar, help=f"{field.metadata['help']} (default: {default})")
     common = parser.add_argument_group("LLaVA's, those that every run gives")
     flags = {k: v for k, v in COMMON.items() if k != "tune_mm_mlp_adapter"} | STAGE_2 if stage == 2 else COMMON
     for name, text in flags.items():
