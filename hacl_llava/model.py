@@ -190,7 +190,7 @@ class HaclMixin:
         return CausalLMOutputWithPast(loss=loss_lm + self.hacl_weight() * parts["loss"])
 
     def hacl_texts(self, passes: Any, texts: PackedTexts) -> Tensor:
-        """e_t, then e_h, by the pass of `fused` or `representation`; in training by `hacl_text_cache`, if there is one."""
+        """e_t, then e_h, by `fused` or `representation`; in training through `hacl_text_cache` where there is one."""
         if self.hacl_text_cache is None or not self.training:
             return passes.texts(self, texts)
         return self.hacl_text_cache.states(self, texts, passes.texts)
