@@ -234,7 +234,8 @@ def released_step(model, batch):
         columns = torch.arange(ids.shape[1], device=ids.device)
         states = hidden(model, embed(model, ids), columns[None] < lengths[:, None])
         e_text.append(states[torch.arange(len(ids), device=ids.device), lengths - 1])
-    return loss_lm + model._contrast(loss_lm, e_v, torch.cat(e_text), rows.whole, batch["texts"]["end"])
+    features = model.hacl_features(e_v, torch.cat(e_text), rows.whole, batch["texts"]["end"])
+    return loss_lm + model.hacl_loss(**features)["loss"]
 
 
 def our_step(model, batch):

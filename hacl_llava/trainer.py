@@ -402,7 +402,9 @@ class HaclTrainer(ResumableTrainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """`ResumableTrainer`'s; after the first, one line says what runs."""
-        self.model.hacl_progress = self.state.global_step / max(self.state.max_steps, 1)
+        # Not on what PEFT wraps it in: of that, names are only read through.
+        inner = getattr(self.model, "get_base_model", lambda: self.model)()
+        inner.hacl_progress = self.state.global_step / max(self.state.max_steps, 1)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.model.hacl_config.gradient_share:
             self._compare_gradients(inputs)

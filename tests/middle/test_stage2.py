@@ -32,7 +32,8 @@ LORA = (
     "--lora_dropout",
     "0.1",
 )
-MODES = {"full": (), "lora": LORA, "hacl": ("--use_hacl", "True", "--hacl_queue_size", "5")}
+HACL = ("--use_hacl", "True", "--hacl_queue_size", "5", "--hacl_start", "0.5", "--hacl_centre", "True")
+MODES = {"full": (), "lora": LORA, "hacl": (*LORA, *HACL)}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,8 @@ def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
         assert not [n for _, n in want if "hacl" in n]
         heads = [Weights(x / "hacl_head.safetensors") for x in (killed, whole)]
         assert all(torch.equal(heads[0][n], heads[1][n]) for n in heads[1])
+        log = json.loads((whole / "trainer_state.json").read_text())["log_history"]
+        assert [x["hacl_weight"] > 0 for x in log if "loss" in x] == [False] * 5 + [True] * 3
     if mode == "lora":
         assert all("mm_projector" in n for f, n in want if f == "non_lora_trainables.bin")
         # control: without what trains beside the LoRA, resuming gives other weights
