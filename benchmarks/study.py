@@ -44,6 +44,9 @@ ARMS = {
     "share 0.1": PROMPT | {"centre": True, "weight": 1.0, "gradient_share": 0.1},
     "late, share 0.1": PROMPT | {"centre": True, "weight": 1.0, "start": 0.3, "gradient_share": 0.1},
     "late, share 0.2": PROMPT | {"centre": True, "weight": 1.0, "start": 0.3, "gradient_share": 0.2},
+    "ranking": {"weight": 0.0, "ranking": 0.1, "start": 0.3, "head_dim": 0},
+    "ranking, share 0.2": {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0},
+    "both": PROMPT | {"centre": True, "start": 0.3, "ranking": 0.1},
     "later, share 0.4": PROMPT | {"centre": True, "weight": 1.0, "start": 0.5, "gradient_share": 0.4},
 }
 # name, heading, digits

@@ -70,7 +70,12 @@ class HaclConfig:
     end: float = _setting(1.0, "Share of the run after which there is none.")
     gradient_share: float = _setting(
         0.0,
-        "Most that the contrast's gradient may be of the caption loss's, by norm at the projector; 0: no limit.",
+        "Most that HACL's gradient may be of the caption loss's, by norm at the projector; 0: no limit.",
+    )
+    ranking: float = _setting(
+        0.0,
+        "Weight of a further loss: of an image's captions, the LM is to find its own likelier than the hallucinated "
+        "ones, each beside its likelihood without the image. 0: none.",
     )
     num_hallucinated: int = _setting(
         -1,
@@ -96,45 +101,53 @@ class HaclConfig:
     )
 
     def __post_init__(self) -> None:
-        def refuse(name, allowed):
-            raise HaclError(f"hacl_{name} is {getattr(self, name)!r}, allowed is {allowed}.")
-
-        if not self.weight >= 0:
-            refuse("weight", "a number >= 0 (1.0 is the paper's)")
         low, high = TEMPERATURE_RANGE
-        if not low <= self.temperature <= high:
-            refuse("temperature", f"a number from {low} to {high} (0.07 is the usual start)")
-        if self.negatives not in (allowed := NEGATIVES.__args__):
-            refuse("negatives", f"one of {', '.join(allowed)}")
-        if self.representation not in (allowed := REPRESENTATION.__args__):
-            refuse("representation", f"one of {', '.join(allowed)}")
-        if not self.prompt.strip():
-            refuse("prompt", "a text with a word in it, as the default, " + repr(type(self).prompt))
-        if not 0 <= self.start < 1:
-            refuse("start", "a share of the run, from 0 to less than 1")
-        if not self.start < self.end <= 1:
-            refuse("end", f"a share of the run, more than hacl_start ({self.start:g}), at most 1")
-        if not 0 <= self.gradient_share < float("inf"):
-            refuse("gradient_share", "a number >= 0 (0: no limit; 0.3: three tenths)")
-        if self.num_hallucinated < -1:
-            refuse("num_hallucinated", "-1 (all) or a number >= 0")
-        if self.queue_size < 0:
-            refuse("queue_size", "0 (no queue) or a number > 0 (16384 is the paper's)")
-        if self.head_dim < -1:
-            refuse("head_dim", "-1 (a quarter of the hidden size), 0 (no heads) or a number > 0")
-        if self.fused and not self.visual_bos:
-            refuse("visual_bos", "True while hacl_fused is True (that pass has a BOS); set --hacl_fused False too")
-        if self.negatives == "global" and not self.gather:
-            refuse("negatives", "'own' or 'batch' while hacl_gather is False")
+        choices = {"negatives": NEGATIVES.__args__, "representation": REPRESENTATION.__args__}
+        inf = float("inf")
+        checks = (
+            ("weight", self.weight >= 0, "a number >= 0 (1.0 is the paper's)"),
+            (
+                "temperature",
+                low <= self.temperature <= high,
+                f"a number from {low} to {high} (0.07 is the usual start)",
+            ),
+            *((n, getattr(self, n) in allowed, f"one of {', '.join(allowed)}") for n, allowed in choices.items()),
+            ("prompt", self.prompt.strip(), "a text with a word in it, as the default, " + repr(type(self).prompt)),
+            ("start", 0 <= self.start < 1, "a share of the run, from 0 to less than 1"),
+            (
+                "end",
+                self.start < self.end <= 1,
+                f"a share of the run, more than hacl_start ({self.start:g}), at most 1",
+            ),
+            ("ranking", 0 <= self.ranking < inf, "a number >= 0 (0: no such loss)"),
+            (
+                "ranking",
+                not self.ranking or self.num_hallucinated,
+                "0 while hacl_num_hallucinated is 0: there is nothing to rank",
+            ),
+            ("gradient_share", 0 <= self.gradient_share < inf, "a number >= 0 (0: no limit; 0.3: three tenths)"),
+            ("num_hallucinated", self.num_hallucinated >= -1, "-1 (all) or a number >= 0"),
+            ("queue_size", self.queue_size >= 0, "0 (no queue) or a number > 0 (16384 is the paper's)"),
+            ("head_dim", self.head_dim >= -1, "-1 (a quarter of the hidden size), 0 (no heads) or a number > 0"),
+            (
+                "visual_bos",
+                self.visual_bos or not self.fused,
+                "True while hacl_fused is True (that pass has a BOS); set --hacl_fused False too",
+            ),
+            ("negatives", self.gather or self.negatives != "global", "'own' or 'batch' while hacl_gather is False"),
+        )
+        for name, fine, allowed in checks:
+            if not fine:
+                raise HaclError(f"hacl_{name} is {getattr(self, name)!r}, allowed is {allowed}.")
 
-    def weight_at(self, progress: float) -> float:
-        """The contrast's weight when so much of a run is done, ``progress`` from 0 to 1 (`start`, `end`)."""
+    def ramp(self, progress: float) -> float:
+        """The share of the weights, 0 to 1, when ``progress``, 0 to 1, of a run is done (`start`, `end`)."""
         if progress >= self.end and self.end < 1:
             return 0.0
         if not self.start:
-            return self.weight
+            return 1.0
         rise = min(RAMP, self.end - self.start)
-        return self.weight * min(max((progress - self.start) / rise, 0.0), 1.0)
+        return min(max((progress - self.start) / rise, 0.0), 1.0)
 
     @classmethod
     def from_arguments(cls, arguments: Any) -> "HaclConfig":

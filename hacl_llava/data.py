@@ -16,7 +16,7 @@ from . import compat  # noqa: F401  (before llava)
 from .common import jsonl
 from .common.images import image_path, size_problem
 from .config import HaclConfig, RunSettings, on_first_rank
-from .packing import pack
+from .packing import branch, pack
 from .records import (
     DataError,
     caption_of,
@@ -374,6 +374,11 @@ class HaclDataset(GuardedDataset):
         self.suffix, limit = suffix_ids(config, tokenizer), config.num_hallucinated
         found = [_number_of_hallucinated(r) for r in self.list_data_dict]
         self.num_hallucinated = max(found) if limit < 0 else min(limit, max(found))
+        if config.ranking and not self.num_hallucinated:
+            raise DataError(
+                f"{data_path}: no record has hallucinated captions, and --hacl_ranking {config.ranking:g} ranks them; "
+                "make some with hacl-llava hallucinate, or leave the flag out."
+            )
         images = sum("image" in r for r in self.list_data_dict if isinstance(r, dict))
         with_captions = sum(n > 0 for n in found)
         if on_first_rank():
@@ -422,16 +427,27 @@ class HaclCollator:
     """LLaVA's collator, and ``texts``: the batch's captions, then its hallucinated captions, as `packing.PackedTexts`.
 
     The place of each text's last token is kept: a literal ``</s>`` inside a caption does no harm.
+
+    Args:
+        tokenizer: the run's. branches: lay captions out to be ranked, too. suffix: tokens behind each text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, branches: bool = False, suffix: Sequence[int] = ()):
         self.stock = stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer)
+        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.start = (end if begin is None else begin) if branches else None
+        self.bare = slice(0 if begin is None else 1, -len(suffix) or None)  # of a text, what is between BOS and suffix
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         extra = ("caption_ids", "hallucinated_ids")
         batch = self.stock([{k: v for k, v in x.items() if k not in extra} for x in instances])
         hallucinated = [text for x in instances for text in x["hallucinated_ids"]]
-        return {**batch, "texts": pack([*(x["caption_ids"] for x in instances), *hallucinated])}
+        texts = pack([*(x["caption_ids"] for x in instances), *hallucinated])
+        if self.start is not None:
+            rows = [[x["caption_ids"], *x["hallucinated_ids"]] for x in instances]
+            bare = [[None if text is None else text[self.bare] for text in row] for row in rows]
+            texts["branches"] = branch(bare, self.start)
+        return {**batch, "texts": texts}
 
 
 class WithRecordIndices:
@@ -455,7 +471,8 @@ def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) ->
     """In place of LLaVA's `make_supervised_data_module`: dataset, collator, and no evaluation set."""
     _say(ready(tokenizer))
     dataset = HaclDataset(data_args.data_path, tokenizer, data_args)
-    collator = WithRecordIndices(HaclCollator(tokenizer))
+    ranks = (getattr(data_args, "hacl", None) or HaclConfig()).ranking > 0
+    collator = WithRecordIndices(HaclCollator(tokenizer, ranks, dataset.suffix))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 

@@ -19,7 +19,7 @@ SCALE = 1024.0  # of both losses: float16 would lose gradients as small as these
 
 
 def ratio(model: Any, texts: PackedTexts, **batch: Any) -> float | None:
-    """Norm of the gradient of loss_lm over that of the contrast, both at the batch's visual tokens, over all ranks.
+    """Norm of the gradient of loss_lm over that of HACL's losses, both at the batch's visual tokens, over all ranks.
 
     One pass through the LLM and two backward passes that end at the visual tokens: neither weights nor what HACL keeps
     from step to step change. Every rank must call it; the LLM must be frozen.
@@ -33,18 +33,23 @@ def ratio(model: Any, texts: PackedTexts, **batch: Any) -> float | None:
     passes = representation if model.hacl_fused is False else fused
     with torch.no_grad():
         rows = fused.splice_images(model, **model.hacl_batch((), batch))
-        e_text = model.hacl_texts(passes, texts)
+        e_text, branches = model.hacl_texts(passes, texts), texts.get("branches")
     visual = rows.embeds.detach().requires_grad_()  # a leaf: parameters in front of it, and their hooks, take no part
-    loss_lm, e_v = passes.generation(model, rows._replace(embeds=visual))
+    loss_lm, *outputs = passes.generation(model, rows._replace(embeds=visual), branches)
     (loss_lm * SCALE).backward(retain_graph=True)
     columns = torch.arange(visual.shape[1], device=visual.device)
     is_image = (columns >= rows.first[:, None]) & (columns < rows.behind[:, None]) & rows.whole[:, None]
     of_lm = _square(visual.grad, is_image)
     visual.grad = None
     # In two parts, so that heads and temperature get no gradient either.
-    end = e_v.detach().requires_grad_()
-    loss = model.hacl_loss.parts(**model.hacl_features(end, e_text, rows.whole, texts["end"]))["loss"]
-    e_v.backward(torch.autograd.grad(loss * SCALE, end)[0].to(e_v.dtype))
+    outputs = [x for x in outputs if x is not None]
+    leaves = [x.detach().requires_grad_() for x in outputs]
+    loss = model.hacl_loss.parts(**model.hacl_features(leaves[0], e_text, rows.whole, texts["end"]))["loss"]
+    loss = model.hacl_config.weight * loss
+    if branches is not None:
+        ranks = model.hacl_ranks(leaves[1], passes.blind(model, branches), rows.whole, branches)
+        loss = loss + model.hacl_config.ranking * ranks["loss"]
+    torch.autograd.backward(outputs, torch.autograd.grad(loss * SCALE, leaves))
     squares = torch.stack([of_lm, _square(visual.grad, is_image)])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(squares)

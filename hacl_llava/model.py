@@ -18,8 +18,8 @@ from . import fused, representation
 from .common.weights import is_whole
 from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from .config import HaclConfig, HaclError
-from .loss import HaclLoss
-from .packing import PackedTexts
+from .loss import HaclLoss, ranking_loss
+from .packing import Branches, PackedTexts
 from .representation import HEAD_FILE, HaclHead, llm_trains, read_head, suffix_ids
 
 
@@ -166,9 +166,9 @@ class HaclMixin:
                 ``input_ids``, ``labels`` and ``images`` are needed. All other arguments are LLaVA's.
 
         Returns:
-            With texts, only ``loss`` = loss_lm + weight * (loss_i2t + loss_t2i) / 2, the weight as
-            it is at ``hacl_progress``, the share of the run that is done; its parts are added to
-            `hacl_metrics`. A row counts for the contrast if it has exactly one image, whole, and a caption.
+            With texts, only ``loss`` = loss_lm + scale * (weight * (loss_i2t + loss_t2i) / 2 + ranking * loss_rank),
+            the scale that of `hacl_scale`; its parts are added to `hacl_metrics`. A row counts for HACL if it has
+            exactly one image, whole, and a caption.
 
         Raises:
             HaclError: an argument is missing, or rows are padded on the left.
@@ -179,15 +179,25 @@ class HaclMixin:
         if self.hacl_fused is None:
             self.hacl_fused = fused.check(self, rows.embeds.device)
         passes = fused if self.hacl_fused else representation
-        loss_lm, e_v = passes.generation(self, rows)
+        branches = texts.get("branches")
+        loss_lm, e_v, seen = passes.generation(self, rows, branches)
         e_text = self.hacl_texts(passes, texts)
         if self.hacl_head.centre is not None and self.training:
             counts = rows.whole & (texts["end"][: len(e_v)] >= 0)
             self.hacl_head.centre.update(e_text[: len(e_v)], counts, llm_trains(self))
         features = self.hacl_features(e_v, e_text, rows.whole, texts["end"])
         parts = self.hacl_loss(**features)
-        self._keep(loss_lm, features, parts)
-        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_weight() * parts["loss"])
+        extra = self.hacl_config.weight * parts["loss"]
+        if branches is not None:
+            ranks = self.hacl_ranks(seen, passes.blind(self, branches), rows.whole, branches)
+            extra = extra + self.hacl_config.ranking * ranks["loss"]
+            parts |= {"loss_rank": ranks.pop("loss"), **ranks}
+        self._keep(loss_lm, features, parts, seen)
+        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_scale() * extra)
+
+    def hacl_ranks(self, seen: Tensor, blind: Tensor, whole: Tensor, branches: Branches) -> dict[str, Tensor]:
+        """`ranking_loss` of a batch's branches, ``[B, 1 + K]``."""
+        return ranking_loss(seen, blind, branches["lengths"] > 0, whole, self.hacl_config.gather)
 
     def hacl_texts(self, passes: Any, texts: PackedTexts) -> Tensor:
         """e_t, then e_h, by `fused` or `representation`; in training through `hacl_text_cache` where there is one."""
@@ -195,13 +205,16 @@ class HaclMixin:
             return passes.texts(self, texts)
         return self.hacl_text_cache.states(self, texts, passes.texts)
 
-    def hacl_weight(self) -> float:
-        """The contrast's weight in this step, as `HaclConfig.weight_at` and ``gradient_share`` have it."""
+    def hacl_scale(self) -> float:
+        """What HACL's losses are multiplied by in this step, beside their weights: 0 to 1.
+
+        As `HaclConfig.ramp` has it at ``hacl_progress``, the share of the run that is done, and ``gradient_share``.
+        """
         config, ratio = self.hacl_config, self.hacl_head.gradient_ratio
-        weight = config.weight_at(self.hacl_progress)
+        ramp = config.ramp(self.hacl_progress)
         if not config.gradient_share:
-            return weight
-        return 0.0 if ratio is None else min(weight, config.gradient_share * ratio)
+            return ramp
+        return 0.0 if ratio is None else min(ramp, config.gradient_share * ratio)
 
     def hacl_batch(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Of the stock forward's arguments those that HACL's step takes.
@@ -240,13 +253,15 @@ class HaclMixin:
         }
 
     @torch.no_grad()
-    def _keep(self, loss_lm, features, parts):
+    def _keep(self, loss_lm, features, parts, seen):
         """For the guard, whether all of this rank was finite; for the log, the sums."""
         names = "image_features", "text_features", "hallucination_features"
         own = [loss_lm, *(features[name] for name in names if features[name] is not None)]
+        own += [] if seen is None else [seen]
         self.hacl_own_finite = torch.stack([torch.isfinite(x).all() for x in own]).all()
         sums = (loss_lm, parts["loss_i2t"], parts["loss_t2i"], features["temperature"])
         sums += tuple(parts[k] for k in ("retrieval_correct", "retrieval_total", "closer_to_true", "closer_total"))
+        sums += tuple(parts.get(k, torch.zeros_like(loss_lm)) for k in ("loss_rank", "ranked_right", "ranked"))
         sums = torch.stack([s.detach().double() for s in (*sums, torch.ones_like(loss_lm))])
         sums = sums.where(torch.isfinite(sums).all(), torch.zeros_like(sums))  # or the means would never recover
         self._hacl_sums = sums if self._hacl_sums is None else self._hacl_sums + sums
@@ -263,8 +278,9 @@ class HaclMixin:
         Returns:
             ``loss_lm``, ``loss_i2t``, ``loss_t2i``, ``temperature``, ``retrieval_accuracy`` (share of images whose
             caption is the closest of the batch's) and ``closer_to_true`` (share of images closer to their caption than
-            to each of their hallucinated ones); empty before the first HACL step, and without the shares that had
-            nothing to count.
+            to each of their hallucinated ones), and where captions are ranked ``loss_rank`` and ``ranked_right``, the
+            share of images that speak most for their own; empty before the first HACL step, and without the shares
+            that had nothing to count.
         """
         if self._hacl_sums is None:  # on all ranks alike, since they run the same steps
             return {}
@@ -272,7 +288,7 @@ class HaclMixin:
         if dist.is_available() and dist.is_initialized():
             sums = sums.clone()
             dist.all_reduce(sums)
-        lm, i2t, t2i, temperature, right, of, closer, closer_of, steps = sums.tolist()
+        lm, i2t, t2i, temperature, right, of, closer, closer_of, rank, ranked_right, ranked, steps = sums.tolist()
         if reset:
             self.reset_hacl_metrics()
         if not steps:  # none was finite
@@ -287,6 +303,8 @@ class HaclMixin:
             figures["retrieval_accuracy"] = right / of
         if closer_of:
             figures["closer_to_true"] = closer / closer_of
+        if ranked:
+            figures |= {"loss_rank": rank / steps, "ranked_right": ranked_right / ranked}
         return figures
 
 

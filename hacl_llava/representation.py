@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .config import TEMPERATURE_RANGE, HaclConfig, HaclError
-from .packing import PackedTexts, Rows, unpack
+from .packing import Branches, PackedTexts, Rows, unpack
 
 IGNORE_INDEX = -100  # as llava.constants; labels without loss
 HEAD_FILE = "hacl_head.safetensors"
@@ -276,11 +276,12 @@ def graph_of_texts(model: Any) -> Iterator[None]:
         yield
 
 
-def generation(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-    """LLaVA's own forward, then a pass over ``[BOS, image, suffix]`` (without BOS if so set).
+def generation(model: Any, rows: Rows, branches: Branches | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """LLaVA's own forward, then a pass over ``[BOS, image, suffix]`` (without BOS if so set), and one for each branch.
 
     Returns:
-        loss_lm, 0-d: the mean over the batch's labels, 0 without any. e_v ``[B, D]``.
+        loss_lm, 0-d: the mean over the batch's labels, 0 without any. e_v ``[B, D]``. With ``branches``, log p(caption
+        given image) ``[B, 1 + K]``, in nats, of all tokens of each; 0 where one is missing.
     """
     loss_lm = model.stock_class.forward(
         model, inputs_embeds=rows.embeds, attention_mask=rows.mask, labels=rows.labels, use_cache=False
@@ -288,19 +289,56 @@ def generation(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
     # Of no label at all, as in a batch of masked rows, LLaVA's mean is NaN.
     loss_lm = loss_lm.where((rows.labels[:, 1:] != IGNORE_INDEX).any(), torch.zeros_like(loss_lm))
     first = torch.zeros_like(rows.first) if model.hacl_config.visual_bos else rows.first
-    return loss_lm, image(model, rows.embeds, first, rows.behind)
+    e_v = image(model, rows.embeds, first, rows.behind)
+    return loss_lm, e_v, None if branches is None else likelihoods(model, rows.embeds, first, rows.behind, branches)
 
 
 def image(model: Any, embeds: Tensor, first: Tensor, behind: Tensor) -> Tensor:
     """e_v ``[B, D]`` of the columns from ``first`` to ``behind`` ``[B]`` of ``embeds`` ``[B, T, D]``, in a pass."""
-    length, end = behind - first, suffix(model, embeds)
-    S, D = end.shape[1:]
+    end = suffix(model, embeds)
+    return continued(model, embeds, first, behind, end)[:, -1]
+
+
+def continued(model: Any, embeds: Tensor, first: Tensor, behind: Tensor, tokens: Tensor) -> Tensor:
+    """States ``[B, 1 + S, D]`` of the last column before ``behind`` and of ``tokens`` ``[B, S, D]`` that follow it.
+
+    In a pass over the columns from ``first`` on.
+    """
+    length, (S, D) = behind - first, tokens.shape[1:]
     columns = torch.arange(int(length.max()) + S, device=embeds.device)[None]
-    table = torch.cat([embeds, end], dim=1)
+    table = torch.cat([embeds, tokens], dim=1)
     take = torch.where(columns < length[:, None], first[:, None] + columns, embeds.shape[1] + columns - length[:, None])
     rows = table.gather(1, take.clamp(max=table.shape[1] - 1)[..., None].expand(-1, -1, D))
     states = hidden(model, rows, columns < length[:, None] + S)
-    return states[torch.arange(len(states), device=states.device), length + S - 1]
+    last = length[:, None] - 1 + torch.arange(S + 1, device=states.device)
+    return states.gather(1, last[..., None].expand(-1, -1, D))
+
+
+def likelihoods(model: Any, embeds: Tensor, first: Tensor, behind: Tensor, branches: Branches) -> Tensor:
+    """Log-likelihoods ``[B, 1 + K]`` of branches behind the columns from ``first`` to ``behind``, a pass for each."""
+    found = []
+    for k, lengths in enumerate(branches["lengths"].T):
+        start = (branches["owner"] == k).int().argmax(1, keepdim=True)
+        columns = torch.arange(max(int(lengths.max()), 1), device=embeds.device)
+        ids = branches["ids"].gather(1, (start + columns).clamp(max=branches["ids"].shape[1] - 1))
+        states = continued(model, embeds, first, behind, embed(model, ids).to(embeds.dtype))
+        gains = gain(model, states[:, :-1], ids)
+        found.append(gains.masked_fill(columns >= lengths[:, None], 0).sum(1))
+    return torch.stack(found, dim=1)
+
+
+def gain(model: Any, states: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability ``[B, n]``, float32, of each token of ``ids`` at the state ``[B, n, D]`` before it."""
+    logits = model.lm_head(states).float()
+    return -F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+
+
+@torch.no_grad()
+def blind(model: Any, branches: Branches) -> Tensor:
+    """log p(caption), without an image: ``[B, 1 + K]``. A constant of the step, also while the LLM trains."""
+    start = embed(model, branches["start"])
+    none = torch.zeros(len(start), dtype=torch.long, device=start.device)
+    return likelihoods(model, start, none, none + 1, branches)
 
 
 def texts(model: Any, packed: PackedTexts) -> Tensor:

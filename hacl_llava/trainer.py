@@ -417,10 +417,10 @@ class HaclTrainer(ResumableTrainer):
         """After a step, for those that follow it; where nothing was found, again after the next."""
         done, of, head = self.state.global_step, max(self.state.max_steps, 1), self.model.hacl_head
         due = head.gradient_ratio is None or done % max(of // self.MEASURES, 1) == 0
-        if not due or done == self._measured or not self.model.hacl_config.weight_at((done + 1) / of):
+        if not due or done == self._measured or not self.model.hacl_config.ramp((done + 1) / of):
             return
         self._measured = done
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # which it puts around the model's forward alone
             batch = {k: v for k, v in self._prepare_inputs(inputs).items() if k != "record_indices"}
             head.gradient_ratio = gradient_share.ratio(self.model, **batch) or head.gradient_ratio
 
@@ -428,7 +428,7 @@ class HaclTrainer(ResumableTrainer):
         """`ResumableTrainer`'s, with HACL's figures."""
         if "loss" in logs:
             logs = {**logs, **{k: round(v, 4) for k, v in self.model.hacl_metrics().items()}}
-            logs["hacl_weight"] = float(f"{self.model.hacl_weight():.4g}")
+            logs["hacl_scale"] = float(f"{self.model.hacl_scale():.4g}")
         if "train_loss" in logs and self.model.hacl_text_cache is not None and self.is_world_process_zero():
             print(f"HACL texts: {self.model.hacl_text_cache}.", flush=True)
         return super().log(logs, *args, **kwargs)

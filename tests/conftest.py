@@ -176,7 +176,8 @@ def batch_of(mini, model, tokenizer, indices=range(6), records=None, **data_args
         image_aspect_ratio="square", mm_use_im_start_end=False, hacl=model.hacl_config, **data_args,
     )  # fmt: skip
     dataset = HaclDataset(str(path), tokenizer, args)
-    batch = HaclCollator(tokenizer)([dataset[i] for i in indices])
+    collator = HaclCollator(tokenizer, model.hacl_config.ranking > 0, model.hacl_suffix)
+    batch = collator([dataset[i] for i in indices])
     dtype = next(model.parameters()).dtype
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
 
@@ -192,15 +193,24 @@ def texts_of(batch):
 
 def with_texts(batch, captions, hallucinated):
     """The batch with other texts, as `texts_of` returns them."""
-    from hacl_llava.packing import pack
+    from hacl_llava.packing import branch, pack
 
-    return {**batch, "texts": pack([*captions, *(text for row in hallucinated for text in row)])}
+    texts = pack([*captions, *(text for row in hallucinated for text in row)])
+    if "branches" in batch["texts"]:
+        old = batch["texts"]["branches"]
+        before = next(i for i, text in enumerate(texts_of(batch)[0]) if text is not None)
+        suffix = len(texts_of(batch)[0][before]) - 1 - int(old["lengths"][before, 0])
+        rows = [
+            [None if t is None else t[1 : len(t) - suffix] for t in (c, *h)] for c, h in zip(captions, hallucinated)
+        ]
+        texts["branches"] = branch(rows, int(old["start"][0]))
+    return {**batch, "texts": texts}
 
 
 def rows_of(batch, rows):
     """The batch of some rows of this one, a list of numbers."""
     captions, hallucinated = texts_of(batch)
-    part = {k: v[rows] for k, v in batch.items() if k != "texts"}
+    part = {k: v if k == "texts" else v[rows] for k, v in batch.items()}
     return with_texts(part, [captions[i] for i in rows], [hallucinated[i] for i in rows])
 
 

@@ -15,30 +15,33 @@ CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "non-reentra
 
 
 def run(model, batch):
-    """(loss, loss_lm, loss_i2t, loss_t2i, gradients) of one step."""
+    """(loss, loss_lm, loss_i2t, loss_t2i, with a ranking loss_rank, gradients) of one step."""
     model.zero_grad()
     model.reset_hacl_metrics()
     loss = model(**batch).loss
     loss.backward()
     figures = model.hacl_metrics()
-    return loss.item(), *(figures[k] for k in ("loss_lm", "loss_i2t", "loss_t2i")), gradients(model)
+    names = ("loss_lm", "loss_i2t", "loss_t2i", "loss_rank")
+    return loss.item(), *(figures[k] for k in names if k in figures), gradients(model)
 
 
 def reference(model, batch):
     model.zero_grad()
-    lm, i2t, t2i = naive_step(model, batch)
-    loss = lm + model.hacl_config.weight * (i2t + t2i) / 2
+    lm, i2t, t2i, *rank = naive_step(model, batch)
+    loss = lm + model.hacl_config.weight * (i2t + t2i) / 2 + sum(model.hacl_config.ranking * x for x in rank)
     loss.backward()
-    return loss.item(), lm.item(), i2t.item(), t2i.item(), gradients(model)
+    return *(x.item() for x in (loss, lm, i2t, t2i, *rank)), gradients(model)
 
 
 def assert_same(got, want, loss_tolerance=1e-5, gradient_tolerance=1e-4):
-    for a, b in zip(got[:4], want[:4]):
-        assert abs(a - b) <= loss_tolerance, (got[:4], want[:4])
-    assert set(got[4]) == set(want[4])
-    for name in want[4]:
-        if want[4][name].norm() > 1e-12:
-            assert relative(got[4][name], want[4][name]) <= gradient_tolerance, name
+    (*got_losses, got), (*losses, want) = got, want
+    assert len(got_losses) == len(losses)
+    for a, b in zip(got_losses, losses):
+        assert abs(a - b) <= loss_tolerance, (got_losses, losses)
+    assert set(got) == set(want)
+    for name in want:
+        if want[name].norm() > 1e-12:
+            assert relative(got[name], want[name]) <= gradient_tolerance, name
 
 
 @pytest.fixture
@@ -56,12 +59,15 @@ def mixed(mini, records):
 PROMPT = {"representation": "prompt", "prompt": "\nthis in one:", "centre": True}
 
 
-@pytest.mark.parametrize("settings", [{}, PROMPT], ids=["eos", "prompt, centred"])
+RANKING = {"ranking": 0.7}
+
+
+@pytest.mark.parametrize("settings", [RANKING, PROMPT], ids=["eos, ranking", "prompt, centred"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("fused", [True, False])
 def test_step_equals_four_plain_passes(mini, mixed, checkpointing, fused, settings):
     model, tokenizer = load(mini, fused=fused, head_dim=16, negatives="own", **settings)
-    assert len(model.hacl_suffix) == (1 if not settings else len(tokenizer.tokenize(PROMPT["prompt"])))
+    assert len(model.hacl_suffix) == (1 if "prompt" not in settings else len(tokenizer.tokenize(PROMPT["prompt"])))
     batch = batch_of(mini, model, tokenizer, range(7), mixed)
     want = reference(model, batch)
     if CHECKPOINTING[checkpointing]:
@@ -71,7 +77,7 @@ def test_step_equals_four_plain_passes(mini, mixed, checkpointing, fused, settin
     got = run(model, batch)
     assert model.hacl_fused is fused
     assert_same(got, want)
-    assert sorted(got[4]) == sorted(
+    assert sorted(got[-1]) == sorted(
         [f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")]
         + [f"hacl_head.{m}.{k}" for m in ("text", "visual") for k in ("weight", "bias")]
         + ["hacl_head.log_temperature"]
@@ -138,6 +144,25 @@ def test_controls_suffix_that_sees_the_caption_or_stands_elsewhere_fails(mini, m
     assert_same(run(model, batch), want)
 
 
+def test_controls_branches_that_see_each_other_or_stand_elsewhere_fail(mini, mixed, monkeypatch):
+    model, tokenizer = load(mini, **RANKING)
+    batch = batch_of(mini, model, tokenizer, range(7), mixed)
+    want = reference(model, batch)
+    assert_same(run(model, batch), want)  # and the self-check is done, which would see it
+    group, hidden, T = fused._group, fused.hidden, batch["input_ids"].shape[1] + 8  # nine visual tokens for one
+
+    def elsewhere(model, embeds, sees, positions):
+        positions[:, T + 1 :] += len(sees) == 7  # behind the suffix
+        return hidden(model, embeds, sees, positions)
+
+    for name, broken in (("_group", lambda x: group(x).clamp(0, 1)), ("hidden", elsewhere)):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, name, broken)
+            with pytest.raises(AssertionError):
+                assert_same(run(model, batch), want)
+    assert_same(run(model, batch), want)
+
+
 def test_released_visual_row_without_bos(mini, records):
     with_bos, tokenizer = load(mini, fused=False)
     without, _ = load(mini, fused=False, visual_bos=False)
@@ -180,7 +205,7 @@ def test_the_contrast_begins_late_rises_and_ends(mini):
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_share_of_the_gradient(mini, mixed, monkeypatch, checkpointing, fused):
     """The ratio is that of what reaches the projector's output in plain steps, and measuring it leaves no trace."""
-    model, tokenizer = load(mini, **PROMPT, fused=fused, queue_size=8, weight=1.0, gradient_share=0.25)
+    model, tokenizer = load(mini, **PROMPT, **RANKING, fused=fused, queue_size=8, weight=1.0, gradient_share=0.25)
     if kwargs := CHECKPOINTING[checkpointing]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         model.enable_input_require_grads()
@@ -199,8 +224,8 @@ def test_share_of_the_gradient(mini, mixed, monkeypatch, checkpointing, fused):
     for ratio in (None, 4.0):  # no contrast before gradients are compared; then a weight of 1
         model.hacl_head.gradient_ratio = ratio
         model.hacl_loss.load_queue_state(queue)
-        loss, lm, i2t, t2i, _ = run(model, batch)
-        assert loss == pytest.approx(lm + (0 if ratio is None else (i2t + t2i) / 2), abs=1e-5)
+        loss, lm, i2t, t2i, rank, _ = run(model, batch)
+        assert loss == pytest.approx(lm + (0 if ratio is None else (i2t + t2i) / 2 + 0.7 * rank), abs=1e-5)
         found[ratio] = outputs[-1].grad.clone()
     want = (found[None].norm() / (found[4.0] - found[None]).norm()).item()
 
@@ -214,7 +239,7 @@ def test_share_of_the_gradient(mini, mixed, monkeypatch, checkpointing, fused):
     assert model.hacl_metrics() == figures
     assert all(torch.equal(v, model.hacl_head.centre.state()[k]) for k, v in centre.items())
     model.hacl_head.gradient_ratio = got
-    assert model.hacl_weight() == pytest.approx(0.25 * want, rel=1e-3)
+    assert model.hacl_scale() == pytest.approx(0.25 * want, rel=1e-3)
     assert gradient_share.ratio(model, **batch_of(mini, model, tokenizer, (4,), mixed)) is None  # no image
 
 

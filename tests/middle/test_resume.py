@@ -41,7 +41,7 @@ def final(folder):
     if (folder / "hacl_head.safetensors").exists():
         tensors |= load_file(folder / "hacl_head.safetensors")
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    keys = ("step", "loss", "learning_rate", "loss_lm", "loss_i2t", "retrieval_accuracy", "hacl_weight")
+    keys = ("step", "loss", "learning_rate", "loss_lm", "loss_i2t", "retrieval_accuracy", "hacl_scale")
     return tensors, [[x.get(k) for k in keys] for x in log if "loss" in x]
 
 
@@ -75,8 +75,9 @@ def train(monkeypatch, capsys, mini):
 
 
 def test_goes_on_as_if_never_stopped(train, tmp_path):
-    """In the middle of the second epoch, with LLaVA's sampler by lengths, queue, centre, a late start: bit for bit."""
-    flags = ("--save_total_limit", "8", "--group_by_modality_length", "True")
+    """In the middle of the second epoch, with LLaVA's sampler by lengths, queue, centre, a late start, bfloat16 and a
+    ranking: bit for bit."""
+    flags = ("--save_total_limit", "8", "--group_by_modality_length", "True", "--bf16", "True", "--hacl_ranking", "0.5")
     flags += ("--hacl_centre", "True", "--hacl_start", "0.3", "--hacl_gradient_share", "0.5", "--hacl_head_dim", "0")
     assert train(tmp_path / "whole", *flags)[0] == 0
     want, log = final(tmp_path / "whole")

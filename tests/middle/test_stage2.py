@@ -130,7 +130,7 @@ def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
         heads = [Weights(x / "hacl_head.safetensors") for x in (killed, whole)]
         assert all(torch.equal(heads[0][n], heads[1][n]) for n in heads[1])
         log = json.loads((whole / "trainer_state.json").read_text())["log_history"]
-        assert [x["hacl_weight"] > 0 for x in log if "loss" in x] == [False] * 5 + [True] * 3
+        assert [x["hacl_scale"] > 0 for x in log if "loss" in x] == [False] * 5 + [True] * 3
     if mode == "lora":
         assert all("mm_projector" in n for f, n in want if f == "non_lora_trainables.bin")
         # control: without what trains beside the LoRA, resuming gives other weights
