@@ -31,23 +31,26 @@ from hacl_llava.miniature import models, world  # noqa: E402
 
 BATCH, TRAIN, HELD_OUT = 16, 5120, 200
 PROMPT = {"representation": "prompt", "head_dim": 0, "learnable_temperature": False, "weight": 0.1}
+CENTRED = PROMPT | {"centre": True}
+SHARE = CENTRED | {"weight": 1.0, "start": 0.3, "gradient_share": 0.2}
+RANKING = {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0}
 ARMS = {
     "plain": None,
     "eos": {},  # heads, learnt temperature, weight 1
     "prompt": PROMPT,
-    "centred": PROMPT | {"centre": True},
-    "late": PROMPT | {"centre": True, "start": 0.3},
-    "late, K = 0": PROMPT | {"centre": True, "start": 0.3, "num_hallucinated": 0},
-    "late, weight 0.03": PROMPT | {"centre": True, "start": 0.3, "weight": 0.03},
-    "late, weight 0.3": PROMPT | {"centre": True, "start": 0.3, "weight": 0.3},
-    "later": PROMPT | {"centre": True, "start": 0.5},
-    "share 0.1": PROMPT | {"centre": True, "weight": 1.0, "gradient_share": 0.1},
-    "late, share 0.1": PROMPT | {"centre": True, "weight": 1.0, "start": 0.3, "gradient_share": 0.1},
-    "late, share 0.2": PROMPT | {"centre": True, "weight": 1.0, "start": 0.3, "gradient_share": 0.2},
-    "ranking": {"weight": 0.0, "ranking": 0.1, "start": 0.3, "head_dim": 0},
-    "ranking, share 0.2": {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0},
-    "both": PROMPT | {"centre": True, "start": 0.3, "ranking": 0.1},
-    "later, share 0.4": PROMPT | {"centre": True, "weight": 1.0, "start": 0.5, "gradient_share": 0.4},
+    "centred": CENTRED,
+    "late": CENTRED | {"start": 0.3},
+    "later": CENTRED | {"start": 0.5},
+    "late, weight 0.3": CENTRED | {"start": 0.3, "weight": 0.3},
+    "share 0.1": SHARE | {"start": 0.0, "gradient_share": 0.1},
+    "late, share 0.1": SHARE | {"gradient_share": 0.1},
+    "late, share 0.2": SHARE,
+    "later, share 0.4": SHARE | {"start": 0.5, "gradient_share": 0.4},
+    "late, share 0.2, queue": SHARE | {"queue_size": 1024},
+    "late, share 0.2, K = 0": SHARE | {"num_hallucinated": 0},
+    "ranking, share 0.2": RANKING,
+    "ranking, share 0.4": RANKING | {"gradient_share": 0.4},
+    "both, share 0.2": SHARE | {"ranking": 1.0},
 }
 # name, heading, digits
 FIGURES = (
