@@ -179,7 +179,8 @@ class HaclMixin:
         if self.hacl_fused is None:
             self.hacl_fused = fused.check(self, rows.embeds.device)
         passes = fused if self.hacl_fused else representation
-        branches = texts.get("branches")
+        scale = self.hacl_scale()
+        branches = texts.get("branches") if scale else None  # that pass tells nothing else
         loss_lm, e_v, seen = passes.generation(self, rows, branches)
         e_text = self.hacl_texts(passes, texts)
         if self.hacl_head.centre is not None and self.training:
@@ -193,7 +194,7 @@ class HaclMixin:
             extra = extra + self.hacl_config.ranking * ranks["loss"]
             parts |= {"loss_rank": ranks.pop("loss"), **ranks}
         self._keep(loss_lm, features, parts, seen)
-        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_scale() * extra)
+        return CausalLMOutputWithPast(loss=loss_lm + scale * extra)
 
     def hacl_ranks(self, seen: Tensor, blind: Tensor, whole: Tensor, branches: Branches) -> dict[str, Tensor]:
         """`ranking_loss` of a batch's branches, ``[B, 1 + K]``."""
