@@ -47,6 +47,7 @@ ARMS = {
     "late, share 0.1": SHARE | {"gradient_share": 0.1},
     "late, share 0.2": SHARE,
     "later, share 0.4": SHARE | {"start": 0.5, "gradient_share": 0.4},
+    "window, share 0.4": SHARE | {"end": 0.8, "gradient_share": 0.4},
     "late, share 0.2, queue": SHARE | {"queue_size": 1024},
     "late, share 0.2, K = 0": SHARE | {"num_hallucinated": 0},
     "ranking, share 0.2": RANKING,
