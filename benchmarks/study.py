@@ -379,8 +379,35 @@ def write(folder, found):
                     rows.append([arm, steps, len(of), *(cell([r[name] for r in of], n) for name, _, n in figures)])
         head = ["arm", "steps", "seeds", *(heading for _, heading, _ in figures)]
         lines += ["", f"## After stage {stage}", "", table(head, rows)] if rows else []
+        differences = list(against_plain(results, figures))
+        note = "Mean of the differences to plain of the same seed, with its 95 % interval (Student's t) over seeds."
+        lines += (
+            ["", f"### Less plain, after stage {stage}", "", note, "", table(head, differences)] if differences else []
+        )
     write_json(folder / "study.json", {"results": found, "arms": ARMS, "provenance": provenance()})
     write_text(folder / "study.md", "\n".join([*lines, ""]))
+
+
+def against_plain(results, figures):
+    """Rows of differences, of arms that have two seeds or more with plain beside them."""
+    found = {(r["arm"], r["steps"], r["seed"]): r for r in results}
+    for steps in sorted({r["steps"] for r in results}):
+        for arm in list(ARMS)[1:]:
+            both = [
+                (r, found["plain", n, seed])
+                for (name, n, seed), r in found.items()
+                if (name, n) == (arm, steps) and ("plain", n, seed) in found
+            ]
+            if len(both) > 1:
+                yield [arm, steps, len(both), *(interval([a[x] - b[x] for a, b in both], d) for x, _, d in figures)]
+
+
+def interval(values, digits):
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    middle = statistics.mean(values)
+    return f"{middle:+.{digits}f} [{middle - half:+.{digits}f}, {middle + half:+.{digits}f}]"
 
 
 def cell(values, digits):
