@@ -64,6 +64,8 @@ def train(monkeypatch, capsys, mini):
     # isort: split
     import llava.train.train as module
 
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # where --bf16 of a run would outlive it
+
     def run(output, *more):
         monkeypatch.setattr(sys, "argv", ["pretrain_hacl.py", *stage1(mini, output, "--use_cpu", "True", *more)])
         status = train.main()
