@@ -146,7 +146,7 @@ def caption_lengths(count, mean, rng):
 def make_batch(shape, device, dtype, images, captions, mean):
     """A batch of ``images``, each with so many hallucinated captions, from the real collator."""
     vocabulary, rng = SHAPES[shape][0][4], random.Random(SEED)
-    tokenizer = types.SimpleNamespace(pad_token_id=0, model_max_length=2048)
+    tokenizer = types.SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2, model_max_length=2048)
 
     def words(n):
         return torch.tensor([rng.randrange(3, vocabulary) for _ in range(n)])
@@ -293,17 +293,18 @@ def by_loops(model, input_ids, attention_mask, labels, images, image_sizes=None)
     return fused._by_loops(model, input_ids, attention_mask, is_image, labels, images, image_sizes)
 
 
-def all_logits(model, rows):
+def all_logits(model, rows, branches=None):
     states = fused.shared_pass(model, rows)
     logits = model.lm_head(states[:, :-2]).float()
     loss = F.cross_entropy(logits.flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
-    return loss, states[:, -1]
+    return loss, states[:, -1], None
 
 
-def two_passes(model, rows):
+def two_passes(model, rows, branches=None):
     loss_lm = few_logits(model, rows, hidden(model, rows.embeds, rows.mask))
     visual = torch.cat([rows.embeds[:, : 1 + VISUAL], suffix(model, rows.embeds)], dim=1)
-    return loss_lm, hidden(model, visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device))[:, -1]
+    seen = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
+    return loss_lm, hidden(model, visual, seen)[:, -1], None
 
 
 ONE_SPLICE = "one splice"
