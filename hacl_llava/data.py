@@ -365,7 +365,8 @@ class HaclDataset(GuardedDataset):
     """LLaVA's records with ``caption_ids`` and ``hallucinated_ids`` beside ``input_ids``, ``labels``, ``image``.
 
     K, the number of hallucinated captions, is that of the record with most (at most ``hacl_num_hallucinated``),
-    so that every batch on every rank has the same number of rows. ``data_args.hacl`` is the `HaclConfig`.
+    so that every batch on every rank has the same number of rows. ``ranks``: whether captions are ranked.
+    ``data_args.hacl`` is the `HaclConfig`.
     """
 
     def __init__(self, data_path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, data_args: Any) -> None:
@@ -374,7 +375,8 @@ class HaclDataset(GuardedDataset):
         self.suffix, limit = suffix_ids(config, tokenizer), config.num_hallucinated
         found = [_number_of_hallucinated(r) for r in self.list_data_dict]
         self.num_hallucinated = max(found) if limit < 0 else min(limit, max(found))
-        if config.ranking and not self.num_hallucinated:
+        self.ranks = config.ranking > 0
+        if self.ranks and not self.num_hallucinated:
             raise DataError(
                 f"{data_path}: no record has hallucinated captions, and --hacl_ranking {config.ranking:g} ranks them; "
                 "make some with hacl-llava hallucinate, or leave the flag out."
@@ -471,8 +473,7 @@ def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) ->
     """In place of LLaVA's `make_supervised_data_module`: dataset, collator, and no evaluation set."""
     _say(ready(tokenizer))
     dataset = HaclDataset(data_args.data_path, tokenizer, data_args)
-    ranks = (getattr(data_args, "hacl", None) or HaclConfig()).ranking > 0
-    collator = WithRecordIndices(HaclCollator(tokenizer, ranks, dataset.suffix))
+    collator = WithRecordIndices(HaclCollator(tokenizer, dataset.ranks, dataset.suffix))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 

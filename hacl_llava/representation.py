@@ -94,6 +94,7 @@ class Centre:
 
     def __init__(self) -> None:
         self.mean, self.steps = None, torch.zeros(())
+        self._updates = 0  # at least as many as steps; the host knows it without waiting for the device
 
     @torch.no_grad()
     def update(self, states: Tensor, mask: Tensor, moves: bool) -> None:
@@ -102,6 +103,11 @@ class Centre:
         Args:
             states: ``[B, D]`` e_t. mask: ``[B]`` bool, which of them count. moves: whether the LLM trains.
         """
+        if not moves and self._updates >= self.STEPS:
+            self.steps = self.steps.cpu()  # one wait for the device; from then on it is there
+            if self.steps >= self.STEPS:
+                return
+        self._updates += 1
         states = states.detach().float()
         mask = (mask & torch.isfinite(states).all(1))[:, None]
         sums = torch.cat([states.masked_fill(~mask, 0).sum(0), mask.sum(0).float()])
@@ -111,7 +117,7 @@ class Centre:
         steps, counts = self.steps.to(sums.device), sums[-1] > 0
         if not moves:
             counts = counts & (steps < self.STEPS)
-        # All on the device: nothing waits for it.
+        # On the device, so that nothing waits for it.
         rate = counts / (steps + 1).clamp(max=self.STEPS)
         self.mean = old + rate * (sums[:-1] / sums[-1].clamp(min=1) - old)
         self.steps = steps + counts
@@ -128,6 +134,7 @@ class Centre:
         """Take `state` back, from a dict that may hold more; what is taken leaves it."""
         if "centre" in state:
             self.mean, self.steps = state.pop("centre").float(), state.pop("centre_steps").float()
+            self._updates = int(self.steps)
 
 
 class HaclHead(nn.Module):
