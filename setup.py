@@ -24,6 +24,7 @@ setup(
         "hacl_llava.common": ["templates/*.j2"],
         "hacl_llava.hallucinate": ["vocabulary.txt", "wordnet.json.gz", "WORDNET_LICENSE"],
         "hacl_llava.evaluation": ["coco_synonyms.txt"],
+        "hacl_llava.miniature": ["pretrained/*", "pretrained/*/*"],
     },
     python_requires=">=3.10",  # LLaVA's own stack runs on 3.10; the tests on 3.11
     install_requires=[

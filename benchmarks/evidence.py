@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hacl_llava.common.report import data_uri
-from hacl_llava.demo import SETTINGS
 from hacl_llava.miniature import models, world
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +26,12 @@ COMMAND = Path(sys.executable).with_name("hacl-llava")
 RUNS = {
     "untrained": {"--use_hacl": False, "--max_steps": 1, "--learning_rate": 1e-30},
     "plain": {"--use_hacl": False},
-    "hacl": {f"--hacl_{name}": value for name, value in {**SETTINGS, "weight": 0.1}.items()},
+    "hacl": {
+        "--hacl_weight": 0.1,
+        "--hacl_learnable_temperature": False,
+        "--hacl_negatives": "batch",
+        "--hacl_head_dim": 0,
+    },
 }
 
 

@@ -12,7 +12,6 @@ that no run has seen, in bfloat16 as well; every arm has the same seeds, scenes 
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from hacl_llava.common import jsonl  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
 from hacl_llava.common.report import provenance, table  # noqa: E402
 from hacl_llava.demo import free_port  # noqa: E402
-from hacl_llava.miniature import models, world  # noqa: E402
+from hacl_llava.miniature import judge, models, world  # noqa: E402
 
 BATCH, TRAIN, HELD_OUT, INSTRUCTIONS, STEPS_2 = 16, 5120, 200, 2048, 100
 PROMPT = {"representation": "prompt", "head_dim": 0, "learnable_temperature": False, "weight": 0.1}
@@ -172,11 +171,10 @@ def start(command, folder, of, output, seed, flags):
 
 def measure(folder, of, output, settings):
     """Figures of one run on the scenes held out."""
-    import torch
-
     from hacl_llava.checkpoints.load import load_pretrained
     from hacl_llava.config import HaclConfig
     from hacl_llava.evaluation import measures, representations
+    from hacl_llava.evaluation.captions import embeds_of, greedy, likelihoods
 
     loaded = load_pretrained(output, folder / "llm", device="cpu", dtype="bfloat16")
     items, _, _ = representations.sample_records(of / "heldout.json", HELD_OUT, 0)
@@ -193,15 +191,14 @@ def measure(folder, of, output, settings):
     figures["closer_by_kind"] = {k: total[f"closer:{k}"] / total[f"m:{k}"] for k in world.KINDS}
 
     extractor = representations.Extractor(loaded)
-    with torch.inference_mode():
-        before = torch.cat([embeds_of(extractor, of / "images", items[n : n + 20]) for n in range(0, len(items), 20)])
-        captions = greedy(extractor, before)
-        texts = [[item.caption, *item.hallucinated, *unseen(item.caption)] for item in items]
-        seen, tokens = likelihoods(extractor, texts, before)
-        file = of / "blind.json"  # of the language model alone: the same for every run
-        if not file.exists():
-            write_json(file, likelihoods(extractor, texts)[0])
-        blind = json.loads(file.read_text())
+    before = embeds_of(extractor, of / "images", items)
+    captions = greedy(extractor, before)
+    texts = [[item.caption, *item.hallucinated, *judge.unseen(item.caption)] for item in items]
+    seen, tokens = likelihoods(extractor, texts, before)
+    file = of / "blind.json"  # of the language model alone: the same for every run
+    if not file.exists():
+        write_json(file, likelihoods(extractor, texts)[0])
+    blind = json.loads(file.read_text())
     figures["loss_lm"] = -sum(row[0] for row in seen) / sum(row[0] for row in tokens)
     for name, part in (("", slice(1, 5)), ("unseen_", slice(5, None))):
         margins = [row[0] - x for row in seen for x in row[part]]
@@ -210,103 +207,7 @@ def measure(folder, of, output, settings):
         figures[f"{name}margin"] = statistics.mean(margins)
         figures[f"{name}looks"] = statistics.mean(x > 0 for x in lifts)
     write_json(output / "captions.json", [{"said": x, "true": i.caption} for x, i in zip(captions, items)])
-    return figures | judged(captions, [item.caption for item in items])
-
-
-GROUP = re.compile(
-    rf"({'|'.join(world.COUNTS)}) ({'|'.join(world.COLOURS)}) ({'|'.join(world.SHAPES)})(?:e?s)? at the "
-    rf"({'|'.join(sorted(world.PLACES, key=len, reverse=True))})"
-)
-
-
-def scene_of(caption):
-    """What a caption says, as `world.make_scene` has it."""
-    return [
-        (world.COUNTS.index(count) + 1, colour, shape, world.PLACES.index(cell))
-        for count, colour, shape, cell in GROUP.findall(caption)
-    ]
-
-
-def judged(captions, true):
-    """Shares of what captions say: shapes that are not there (CHAIR_i) of those named, shapes named of those there, and
-    of groups whose shape is there, those of a wrong colour, count or place."""
-    total = dict.fromkeys(("named", "made_up", "there", "found", "right", "colour", "count", "place"), 0)
-    for said, caption in zip(captions, true):
-        there = {group[2]: group for group in scene_of(caption)}
-        named = {group[2]: group for group in scene_of(said)}
-        pairs = [(group, there[shape]) for shape, group in named.items() if shape in there]
-        total["named"] += len(named)
-        total["made_up"] += len(named) - len(pairs)
-        total["there"] += len(there)
-        total["found"] += len(pairs)
-        for column, name in ((0, "count"), (1, "colour"), (3, "place")):
-            total[name] += sum(a[column] != b[column] for a, b in pairs)
-    figures = {"made_up": total["made_up"] / max(total["named"], 1), "recall": total["found"] / total["there"]}
-    return figures | {f"wrong_{name}": total[name] / max(total["found"], 1) for name in ("colour", "count", "place")}
-
-
-def unseen(caption):
-    """Hallucinated captions of a sort that no run trains on, of the very same words: colours, counts or places of the
-    first two groups swapped, as far as they differ."""
-    (first, second, *others), found = [*scene_of(caption), None, None][: max(len(scene_of(caption)), 2)], []
-    for column in (0, 1, 3) if second else ():
-        if first[column] != second[column]:
-            a, b = list(first), list(second)
-            a[column], b[column] = b[column], a[column]
-            found.append(world.caption_of([tuple(a), tuple(b), *others]))
-    return found
-
-
-def greedy(extractor, before):
-    """The caption that each ``[1 + m, D]`` of ``before`` is given, as in stage 1: up to the end of its line."""
-    from transformers import LlamaForCausalLM
-
-    tokenizer, said = extractor.tokenizer, []
-    end = tokenizer("\n", add_special_tokens=False).input_ids[-1]
-    for part in before.split(20):
-        mask = part.new_ones(part.shape[:2], dtype=int)
-        ids = LlamaForCausalLM.generate(
-            extractor.model, inputs_embeds=part, attention_mask=mask, max_new_tokens=48, do_sample=False,
-            eos_token_id=end, pad_token_id=end,
-        )  # fmt: skip
-        said += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return said
-
-
-def likelihoods(extractor, texts, before=None):
-    """log p(text | image), without ``before`` log p(text), of each item's texts; and their tokens."""
-    import torch
-
-    model, tokenizer = extractor.model, extractor.tokenizer
-    scores, counts = [], []
-    bos = model.get_model().embed_tokens(torch.tensor([[tokenizer.bos_token_id]]))
-    for n, of_item in enumerate(texts):
-        ids = [tokenizer(f"{text}\n", add_special_tokens=False).input_ids for text in of_item]
-        first = bos if before is None else before[n : n + 1]
-        longest = max(map(len, ids))
-        rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-        embeds = torch.cat([first.expand(len(ids), -1, -1), model.get_model().embed_tokens(rows)], dim=1)
-        states = model.get_model()(inputs_embeds=embeds, use_cache=False, return_dict=True)[0]
-        logits = model.lm_head(states[:, first.shape[1] - 1 : -1]).float()
-        gains = logits.log_softmax(-1).gather(-1, rows[..., None])[..., 0]
-        scores.append([gains[i, : len(row)].sum().item() for i, row in enumerate(ids)])
-        counts.append([len(row) for row in ids])
-    return scores, counts
-
-
-def embeds_of(extractor, folder, items):
-    """``[B, 1 + m, D]``, BOS and the image of each."""
-    import torch
-
-    from hacl_llava.common.images import Images
-
-    model = extractor.model
-    images = Images(folder, [item.image for item in items], extractor.processor, model.config)
-    pixels, sizes, _ = zip(*(images[n] for n in range(len(items))))
-    pixels = torch.stack([torch.from_numpy(x) for x in pixels]).to(model.dtype)
-    ids = torch.tensor([extractor.visual_ids[:-1]]).expand(len(items), -1)
-    held = torch.ones_like(ids, dtype=torch.bool)
-    return model.prepare_inputs_labels_for_multimodal(ids, None, held, None, None, pixels, list(sizes))[4]
+    return figures | judge.judged(captions, [item.caption for item in items])
 
 
 def answers(of, output):

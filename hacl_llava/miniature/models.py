@@ -182,10 +182,12 @@ def make_vision_tower(
     hidden_size: int = 64,
     layers: int = 2,
     progress: bool = False,
+    places: bool = False,
 ) -> float | None:
     """Write a CLIP vision checkpoint and its image processor's settings: 3 x 3 patches, one for each cell of a scene.
 
-    ``steps`` > 0 trains it to name what is in each cell, at the layer that LLaVA reads (the one before the last).
+    ``steps`` > 0 trains it to name what is in each cell, at the layer that LLaVA reads (the one before the last); with
+    ``places`` also which cell that is.
 
     Returns:
         The share of cells named right in the last steps, or None without training.
@@ -207,7 +209,7 @@ def make_vision_tower(
             projection_dim=hidden_size,
         )
         model = transformers.CLIPVisionModel(config)
-        accuracy = _train_on_cells(model, steps, seed, progress) if steps else None
+        accuracy = _train_on_cells(model, steps, seed, progress, places) if steps else None
     # Published CLIP checkpoints name their weights vision_model.*; transformers 5 would save without that prefix, and
     # older versions would then take random weights instead. Written so, every version reads the same tower.
     prefix = "vision_model."
@@ -233,14 +235,14 @@ def make_vision_tower(
     return accuracy
 
 
-def _train_on_cells(model, steps, seed, progress):
-    """Classify each cell: empty, or which shape, which colour, how many."""
+def _train_on_cells(model, steps, seed, progress, places):
+    """Classify each cell: empty, or which shape, which colour, how many; with ``places`` also which of the nine."""
     import numpy as np
     import torch
     from tqdm import tqdm
 
     rng = random.Random(seed + 2)
-    sizes = (len(SHAPES) + 1, len(COLOURS) + 1, 4)
+    sizes = (len(SHAPES) + 1, len(COLOURS) + 1, 4, *([9] if places else []))
     head = torch.nn.Linear(model.config.hidden_size, sum(sizes))
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
@@ -251,10 +253,12 @@ def _train_on_cells(model, steps, seed, progress):
     for _ in bar:
         scenes = [make_scene(rng) for _ in range(64)]
         pixels = torch.stack([torch.from_numpy(np.array(render(s, rng))).permute(2, 0, 1) for s in scenes])
-        target = torch.zeros(len(scenes), 9, 3, dtype=torch.long)
+        target = torch.zeros(len(scenes), 9, len(sizes), dtype=torch.long)
+        if places:
+            target[..., 3] = torch.arange(9)
         for row, scene in zip(target, scenes):
             for count, colour, shape, cell in scene:
-                row[cell] = torch.tensor([SHAPES.index(shape) + 1, colours.index(colour) + 1, count])
+                row[cell, :3] = torch.tensor([SHAPES.index(shape) + 1, colours.index(colour) + 1, count])
         states = model((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[-2][:, 1:]
         scores = head(states).split(sizes, dim=-1)
         loss = sum(

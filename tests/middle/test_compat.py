@@ -125,7 +125,7 @@ ROOMS = [
     *("config", "loss", "packing", "common", "compat", "records", "hallucinate", "miniature", "patching"),
     *("representation", "fused", "gradient_share", "text_cache", "model", "data", "nonfinite", "resume", "run"),
     *("check_data", "check_run", "trainer"),
-    *("checkpoints", "integration", "check_command", "train", "demo", "evaluation", "cli"),
+    *("checkpoints", "integration", "check_command", "train", "evaluation", "demo", "cli"),
 ]
 
 

@@ -1,12 +1,17 @@
-"""The miniature's world: what is asked about an image follows from what is in it, and LLaVA takes it as it is."""
+"""The miniature's world: what is asked about an image follows from what is in it, LLaVA takes it as it is, and a short
+stage 1 learns from it to look at images."""
 
 import json
 import random
+import types
 from collections import Counter
 
 import pytest
+from conftest import arguments
+from workers import Run
 
-from hacl_llava.miniature import world
+from hacl_llava import demo
+from hacl_llava.miniature import judge, pretrained, world
 
 
 def lines(path):
@@ -121,3 +126,73 @@ def test_llava_takes_its_conversations_whole(mini, tmp_path, capsys):
     finally:
         conversation.default_conversation = before
     assert "mismatch" not in capsys.readouterr().out
+
+
+STEPS = 150
+TRUE = "two red circles at the top left and one blue bar at the right"
+
+
+@pytest.mark.parametrize(
+    "said, wrong, found",
+    [
+        (TRUE, [], {"named": 2, "made_up": 0, "found": 2}),
+        ("one blue bar at the right", [], {"named": 1, "made_up": 0, "found": 1}),
+        ("two red stars at the top and one blue bar at the right", ["two red stars at the top"], {"made_up": 1}),
+        ("three green circles at the top", ["three", "green", "top"], {"count": 1, "colour": 1, "place": 1}),
+        ("nothing here", [], {"named": 0, "there": 2, "found": 0}),
+    ],
+)
+def test_wrong_words_are_marked_and_counted(said, wrong, found):
+    pieces = judge.marked(said, TRUE)
+    assert "".join(text for text, _ in pieces) == said
+    assert [text for text, bad in pieces if bad] == wrong
+    counts = judge.counts(said, TRUE)
+    assert {name: counts[name] for name in found} == found
+
+
+def test_a_caption_says_its_scene():
+    rng = random.Random(0)
+    for scene in (world.make_scene(rng) for _ in range(200)):
+        assert judge.scene_of(world.caption_of(scene)) == scene
+        for text in judge.unseen(world.caption_of(scene)):
+            other = judge.scene_of(text)
+            assert other != scene and all(sorted(a) == sorted(b) for a, b in zip(zip(*other), zip(*scene)))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """{captions of: what the demo measures} after a short stage 1, plain."""
+    from hacl_llava.evaluation.representations import sample_records
+
+    folder, found = tmp_path_factory.mktemp("short"), {}
+    file = world.make_dataset(folder, 2400, per_caption=2)
+    heldout = world.make_dataset(folder, 120, per_caption=2, name="heldout")
+    pretrained.copy(folder)
+    items = sample_records(heldout, 120, 0)[0]
+    records, runs = json.loads(file.read_text()), {}
+    for name, shift in (("their", 0), ("other", 1)):
+        images = [record["image"] for record in records]
+        moved = [{**r, "image": image} for r, image in zip(records, images[shift:] + images[:shift])]
+        (data := folder / f"{name}.json").write_text(json.dumps(moved))
+        paths = types.SimpleNamespace(llm=folder / "llm", clip=folder / "clip", data=data, images=folder / "images")
+        flags = {"per_device_train_batch_size": 32, "learning_rate": 6e-3, "max_steps": STEPS}
+        flags |= {"gradient_checkpointing": False, "use_cpu": True, **demo.ARMS["plain"]}
+        more = [x for k, v in flags.items() for x in (f"--{k}", v)]
+        runs[name] = Run(arguments(paths, folder / f"llava-{name}", *more), folder / f"{name}.log")
+    for name, run in runs.items():
+        assert run.ends() == 0, run.said()[-3000:]
+        output = folder / f"llava-{name}"
+        _, said, rows = demo.measure(output, folder, items)
+        sums = Counter()
+        for row in rows:
+            sums.update(row["counts"])
+        found[name] = {**judge.judged(said, [i.caption for i in items]), "loss": sums["nll"] / sums["tokens"]}
+        found[name]["prefers"] = sums["prefers"] / sums["pairs"]
+    return found
+
+
+def test_a_short_stage_1_looks_at_images(short):
+    """The control: the same captions, each with another image, teach to look at nothing."""
+    true, other = short["their"], short["other"]
+    assert true["loss"] < other["loss"] - 0.15 and true["made_up"] < other["made_up"]
+    assert true["prefers"] > 0.65 and other["prefers"] < 0.6  # of 240 pairs; chance is 0.5
