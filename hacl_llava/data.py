@@ -305,10 +305,15 @@ class GuardedDataset(stock.LazySupervisedDataset):
             with stock.Image.open(path) as image:  # its header alone
                 if problem := size_problem(*image.size, self.data_args.image_aspect_ratio == "pad"):
                     raise DataError(f"has the image {path}, {problem}")
-        item = super().__getitem__(i)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said) if self._mends else contextlib.nullcontext():
+            item = super().__getitem__(i)
         if self._mends:
             labels = answers_only(item["input_ids"], self.tokenizer, answers_in(record))
-            item["labels"] = item["labels"] if labels is None else labels
+            if labels is None:
+                print(said.getvalue(), end="")  # LLaVA's warning that it masks this row
+            else:
+                item["labels"] = labels
         images = int((item["input_ids"] == stock.IMAGE_TOKEN_INDEX).sum())
         if images > 1:  # each would take the image of another row
             raise DataError(f"has {images} <image> in its conversation and one image")

@@ -75,12 +75,12 @@ def test_other_hallucinated_captions_are_refused(value):
         hallucinated_captions({"hallucinated_captions": value})
 
 
-def test_answers_are_found_by_the_tokens_around_them(mini, tmp_path, monkeypatch):
+def test_answers_are_found_by_the_tokens_around_them(mini, tmp_path, monkeypatch, capsys):
     import transformers
     from llava import conversation as library
 
     from hacl_llava.check_data import TokenCheck
-    from hacl_llava.data import answers_only, loses_count
+    from hacl_llava.data import GuardedDataset, answers_only, loses_count
 
     special = ("<|im_start|>", "<|im_end|>", "<|reserved_0|>")
     folder = make_llm_of_today(mini, tmp_path / "llm", special, eos_token="<|im_end|>")
@@ -102,6 +102,12 @@ def test_answers_are_found_by_the_tokens_around_them(mini, tmp_path, monkeypatch
     check = TokenCheck(str(folder), "chatml_direct", 512)
     assert [kind for kind, _ in check(record)] == ["masked"]
     assert check({"image": "a.png", "conversations": turns() + turns("And?", "Two.")}) == []
+    # LLaVA's warning that it ignores a row is of rows alone that stay masked
+    for last, warned in (("Two.", False), ("<|im_start|>assistant\nA ring.", True)):
+        (tmp_path / "talk.json").write_text(json.dumps([{"id": "t", "conversations": turns("What?", last)}]))
+        data_args = types.SimpleNamespace(is_multimodal=False)
+        item = GuardedDataset(str(tmp_path / "talk.json"), tokenizer, data_args)[0]
+        assert bool((item["labels"] == -100).all()) is warned is ("mismatch" in capsys.readouterr().out)
     # where LLaVA's count is right, its labels stay as they are
     monkeypatch.setattr(library, "default_conversation", library.conv_templates["v1"])
     assert not loses_count(tokenizer)
