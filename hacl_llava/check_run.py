@@ -125,6 +125,19 @@ def text_cache(run: Run) -> str | None:
     return None
 
 
+def checkpoint_layers(run: Run) -> str | None:
+    """``--hacl_checkpoint_layers`` chooses among the LLM's layers, and only where there is gradient checkpointing."""
+    setting = RunSettings.from_arguments(run.model).checkpoint_layers
+    flag, layers = f"--hacl_checkpoint_layers {setting}", run.llm.config.get("num_hidden_layers")
+    if setting == "all":
+        return None
+    if not run.training.gradient_checkpointing:
+        return f"{flag}: says which layers gradient checkpointing is for; give --gradient_checkpointing True too."
+    if setting != "auto" and isinstance(layers, int) and int(setting) > layers:
+        return f"{flag}: {run.llm.name} has {layers} layers; allowed is all, auto or a number from 0 to {layers}."
+    return None
+
+
 def something_to_learn(run: Run) -> str | None:
     """A run of no step, or in which nothing of LLaVA's trains, would end well and save what it began with."""
     training = run.training
@@ -451,7 +464,7 @@ def earlier_stage2(run: Run) -> str | None:
 
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
     *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config, text_cache),
-    something_to_learn,
+    *(something_to_learn, checkpoint_layers),
     *(language_model, context, tower, image_features, projector),
     *(image_folder, output_folder, earlier_stage1, earlier_stage2),
 )

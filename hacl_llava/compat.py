@@ -311,6 +311,30 @@ def savable_generation_config(model: "PreTrainedModel") -> None:
         settings.do_sample = True
 
 
+def recompute_layers(llm: "PreTrainedModel", count: int) -> None:
+    """Let gradient checkpointing, which is on, compute the first ``count`` decoder layers again, and no others.
+
+    It holds for forward passes from now on, until gradient checkpointing is switched on anew.
+
+    Args:
+        llm: with its decoder ``layers``, as LLaVA's ``get_model()`` gives it.
+    """
+    if hasattr(llm.layers[0], "gradient_checkpointing"):  # each layer checkpoints itself, from transformers 4.53 on
+        for i, layer in enumerate(llm.layers):
+            layer.gradient_checkpointing = i < count
+        return
+    # Before, the model hands each layer's call to one function. Goes with transformers 4.37.
+    checkpoint = getattr(llm._gradient_checkpointing_func, "_hacl_stock", llm._gradient_checkpointing_func)
+    chosen = set(llm.layers[:count])
+
+    def first_ones(call, *args, **kwargs):
+        layer = getattr(call, "func", call).__self__  # some versions hand over a partial
+        return checkpoint(call, *args, **kwargs) if layer in chosen else call(*args, **kwargs)
+
+    first_ones._hacl_stock = checkpoint
+    llm._gradient_checkpointing_func = first_ones
+
+
 def end_in_order() -> None:
     """Close the process groups when the interpreter ends; for a process that is through with its work."""
     atexit.unregister(_close_process_groups)

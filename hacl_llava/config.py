@@ -172,8 +172,9 @@ class HaclConfig:
 class RunSettings:
     """How a run is done; flags with the prefix ``--hacl_`` too, but no part of the model.
 
-    ``text_cache`` is HACL's alone. The others say what becomes of what goes wrong: they hold for stage 1 and 2, with
-    and without HACL, and leave no trace in a run in which nothing does.
+    ``text_cache`` is HACL's alone. ``checkpoint_layers`` changes time and memory, never a result. The others say what
+    becomes of what goes wrong, and leave no trace in a run in which nothing does. All but the first hold for stage 1
+    and 2, with and without HACL.
 
     Raises:
         HaclError: a value is out of range.
@@ -200,6 +201,10 @@ class RunSettings:
         "records' ids, skip goes on and lists them in OUTPUT_DIR/nonfinite.jsonl.",
     )
     text_cache: str = _setting("", "Folder that keeps the frozen LLM's states of captions for further epochs and runs.")
+    checkpoint_layers: str = _setting(
+        "all",
+        "Layers that gradient checkpointing computes again: all, the first N, or auto: as few as GPU memory lets.",
+    )
 
     def __post_init__(self) -> None:
         for name, allowed in (("check_data", CHECK_DATA), ("bad_records", BAD_RECORDS), ("nonfinite", NONFINITE)):
@@ -207,6 +212,9 @@ class RunSettings:
                 raise HaclError(
                     f"hacl_{name} is {getattr(self, name)!r}, allowed is one of {', '.join(allowed.__args__)}."
                 )
+        layers = self.checkpoint_layers
+        if layers not in ("all", "auto") and not (layers.isascii() and layers.isdigit()):
+            raise HaclError(f"hacl_checkpoint_layers is {layers!r}, allowed is all, auto or a number >= 0.")
         if self.max_failed < 0:
             raise HaclError(f"hacl_max_failed is {self.max_failed}, allowed is a number >= 0.")
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,23 @@ class HaclMixin:
         if not config.gradient_share:
             return ramp
         return 0.0 if ratio is None else min(ramp, config.gradient_share * ratio)
+
+    def hacl_keep(self) -> Callable[[], None]:
+        """Keep what a training step changes beside gradients; returns a function that puts it back."""
+        centre = None if self.hacl_head is None else self.hacl_head.centre
+        kept = None if centre is None else (centre.mean, centre.steps)
+        sums, loss = getattr(self, "_hacl_sums", None), getattr(self, "hacl_loss", None)
+        queue = loss.queue_state() if loss is not None else {}  # a step writes into it, where the others are replaced
+        queue = {k: v.clone() if torch.is_tensor(v) else v for k, v in queue.items()}
+
+        def put_back():
+            self._hacl_sums = sums
+            if centre is not None:
+                centre.mean, centre.steps = kept
+            if loss is not None:
+                loss.load_queue_state(queue)
+
+        return put_back
 
     def hacl_batch(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Of the stock forward's arguments those that HACL's step takes.

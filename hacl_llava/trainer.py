@@ -24,6 +24,7 @@ from .common.weights import save_tokenizer
 from .compat import STATE_FILE, LLaVATrainer, end_in_order, savable_generation_config
 from .config import HaclError, RunSettings, on_first_rank
 from .nonfinite import NonFiniteGuard
+from .recomputation import Recomputation
 from .representation import HEAD_FILE, IGNORE_INDEX, llm_trains, read_head
 from .resume import (
     StopInStep,
@@ -93,6 +94,8 @@ class ResumableTrainer(LLaVATrainer):
         if version := getattr(self.args, "hacl_version", None):  # LLaVA itself notes its template nowhere
             self.model.config.hacl_version = version
         self.guard = NonFiniteGuard(settings.nonfinite, self.args.output_dir, self.args.fp16, self._name_record)
+        alone = self.args.world_size == 1 and self.args.n_gpu <= 1 and not self.is_deepspeed_enabled
+        self.recomputation = Recomputation(self.model, settings.checkpoint_layers, self.args.device, alone)
         self.args.logging_nan_inf_filter = False  # the guard's work, for which the host need not wait in each step
         if is_deepspeed_zero3_enabled():
             # LLaVA makes the projector, and peft its adapters, in float32; ZeRO-3 shards one dtype, and keeps float32
@@ -110,8 +113,13 @@ class ResumableTrainer(LLaVATrainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's, under the eyes of the guard."""
         self.guard.watch(self.model.parameters())
-        self.guard.begin(self.state.global_step + 1, inputs.pop("record_indices", None))
-        return self.guard.end(super().training_step(model, inputs, *args, **kwargs))
+        step, records, stock = self.state.global_step + 1, inputs.pop("record_indices", None), super().training_step
+
+        def once():
+            self.guard.begin(step, records)
+            return self.guard.end(stock(model, inputs, *args, **kwargs))
+
+        return self.recomputation.step(step, once)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -420,7 +428,8 @@ class HaclTrainer(ResumableTrainer):
         if not due or done == self._measured or not self.model.hacl_config.ramp((done + 1) / of):
             return
         self._measured = done
-        with self.accelerator.autocast():  # which it puts around the model's forward alone
+        # accelerate puts the first around the model's forward alone. The second: this takes more memory than a step.
+        with self.accelerator.autocast(), self.recomputation.of_all():
             batch = {k: v for k, v in self._prepare_inputs(inputs).items() if k != "record_indices"}
             head.gradient_ratio = gradient_share.ratio(self.model, **batch) or head.gradient_ratio
 

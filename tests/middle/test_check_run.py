@@ -40,7 +40,7 @@ def run(tmp_path, mini):
         model["pretrain_mm_mlp_adapter"] = str(tmp_path / "mm_projector.bin") if stage == 2 else None
         training = {"output_dir": str(tmp_path / "out"), "n_gpu": 1, "fsdp": "", "deepspeed": None}
         training |= {"model_max_length": 512, "lora_enable": False, "freeze_mm_mlp_adapter": False}
-        training |= {"max_steps": -1, "num_train_epochs": 1.0, "learning_rate": 1e-3}
+        training |= {"gradient_checkpointing": True, "max_steps": -1, "num_train_epochs": 1.0, "learning_rate": 1e-3}
         groups = model, {"image_folder": str(tmp_path)}, training
         for group in groups:
             group |= {k: v for k, v in flags.items() if k in group or k.startswith("hacl_")}
@@ -89,6 +89,16 @@ CASES = [  # which check, stage, flags, what it says
     ("text_cache", 1, {"hacl_text_cache": "c", "mm_use_im_start_end": True}, "frozen, and in this run it trains"),
     ("text_cache", 1, {"hacl_text_cache": "c", "lora_enable": True}, "frozen, and in this run it trains"),
     ("text_cache", 1, {"hacl_text_cache": "c", "deepspeed": "zero_configs/zero3.json"}, "give .+/zero2.json, or leave"),
+    (
+        "checkpoint_layers",
+        1,
+        {"hacl_checkpoint_layers": "3"},
+        "has 2 layers; allowed is all, auto or .+ 0 to 2",
+    ),
+    (
+        *("checkpoint_layers", 1, {"hacl_checkpoint_layers": "auto", "gradient_checkpointing": False}),
+        "give --gradient_checkpointing True too",
+    ),
 ]
 
 

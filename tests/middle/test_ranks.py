@@ -20,6 +20,7 @@ from test_e2e import log_of
 from workers import ROOT, Run, run_ranks, trained
 
 from hacl_llava import fused
+from hacl_llava.compat import recompute_layers
 from hacl_llava.demo import free_port
 from hacl_llava.nonfinite import NonFiniteGuard
 
@@ -28,7 +29,8 @@ NAN = float("nan")
 
 # --- gradients of two ranks against one process -----------------------------------------------------------------------
 
-ENGINES = ("ddp", "zero2", "zero3", "zero3_offload")
+FEWER = "zero3, 1 of 2 layers computed again"  # where a layer that runs again gathers its weights again
+ENGINES = ("ddp", "zero2", "zero3", "zero3_offload", "ddp, 1 of 2 layers computed again", FEWER)
 # What each of two ranks gets, as indices of `mixed`, in the two micro-batches of a step.
 STEPS = {
     "images beside rows without hallucinated captions, then text alone": (((0, 1), (2, 3)), ((4, 5), (0, 6))),
@@ -123,7 +125,12 @@ def engine_worker(rank, world, paths, rows, folder):
         model.hacl_fused = fused.check(model, torch.device("cpu"))
         guard = NonFiniteGuard("skip", Path(folder) / name)
         guard.watch(model.parameters())
-        step = ddp_engine(model) if name == "ddp" else deepspeed_engine(model, name)
+        engine, *fewer = name.split(",")
+        if fewer:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            recompute_layers(model.get_model(), 1)
+        step = ddp_engine(model) if engine == "ddp" else deepspeed_engine(model, engine)
         grads, order = {}, {}
         for key, batches in per_step.items():
             ran.clear()
