@@ -2,10 +2,11 @@
 
     python benchmarks/step.py                sizes for a CPU, some minutes (make bench)
     python benchmarks/step.py --shape 7b     on a GPU: time, memory, and the largest batch that fits
+    python benchmarks/step.py --layers       counts alone, two minutes: N layers recomputed, and the N that fits a GPU
 
 A 7B step's FLOPs and peak memory are counted in any case, from the sizes of its tensors, with nothing computed. Weights
 and pixels are random: no time depends on them. Times are ratios to stock LLaVA's step in the same round; the order of a
-round is drawn anew. Writes benchmarks/results/step-NAME.json, .md and .png.
+round is drawn anew. Writes benchmarks/results/step-NAME.json, .md and .png; with --layers checkpointing.json and .md.
 """
 
 import argparse
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hacl_llava import compat  # noqa: E402, F401, I001  (before llava)
+from hacl_llava.compat import recompute_layers  # noqa: E402
 from hacl_llava.config import HaclConfig  # noqa: E402
 from hacl_llava.data import HaclCollator  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
@@ -514,6 +516,135 @@ def largest_batch(args, steps, checkpointing):
     return found
 
 
+# --- fewer layers recomputed ------------------------------------------------------------------------------------------
+
+CARDS, RESERVE = (80, 40, 24), 0.1  # GiB; the share left: the driver's, the allocator's gaps, what is not counted
+OF_TRAINED = 16  # bytes for each number that trains, beside itself: gradient, and Adam in float32
+
+
+def recomputing(step, layers):
+    """A step with the first ``layers`` recomputed alone."""
+
+    def limited(model, batch):
+        recompute_layers(model.get_model(), layers)
+        return step(model, batch)
+
+    return limited
+
+
+def by_hand(shape, batch, layers):
+    """FLOPs and peak bytes of C with so many layers recomputed, from a few lines of arithmetic."""
+    (D, inner, L, _, vocabulary), (H, tower_layers) = SHAPES[shape]
+    B, width = batch["input_ids"].shape[0], batch["input_ids"].shape[1] + VISUAL  # EOS in place of the image's token
+    rows, text = batch["texts"]["ids"].shape
+    linear, attention = 2 * (4 * D * D + 3 * D * inner), 4 * D  # of a token; of a token and a column that it sees
+    tokens = B * width
+    # Forward and backward through weights that are frozen take one product each, attention two and five.
+    of_layers = L * tokens * (2 * linear + 3.5 * attention * width)
+    again = layers * tokens * (linear + attention * width)
+    of_texts = L * rows * text * (linear + attention * text)
+    tower = B * (tower_layers + 1) * (VISUAL + 1) * (24 * H * H + 4 * H * (VISUAL + 1))
+    logits = 4 * D * vocabulary * B * (batch["input_ids"].shape[1] - 2)
+    projector = B * VISUAL * (4 * H * D + 6 * D * D)
+    # In bfloat16: three products of the MLP, four of attention; in float32 both norms' inputs.
+    kept = 2 * (3 * inner + 4 * D) + 2 * 4 * D
+    passing = 6 * inner + 6 * D  # gradients in the MLP; rows and their sources
+    peak = tokens * (layers * 2 * D + max(L - layers, 1) * kept + passing)
+    return {"flops": of_layers + again + of_texts + tower + logits + projector, "peak_bytes": peak}
+
+
+def count_layers(shape):
+    """C, and others, with N layers recomputed: at 32 images for several N, and for each card and batch what N fits."""
+    args, L = argparse.Namespace(shape=shape), SHAPES[shape][0][2]
+    report = {"by_count": [], "fits": [], "layers": L}
+    ours, texts_kept, stock = our_step, kept_step, stock_step_counted
+    for args.images in (32, 16):
+        model = make_model(shape, "meta", torch.bfloat16, True)
+        batch = make_batch(shape, "cpu", torch.bfloat16, args.images, 1, MEAN_TOKENS)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # All but the trained are held as they are.
+        standing = sum(p.nbytes for p in model.parameters()) + OF_TRAINED * trained
+        model, fake_batch, mode = fake(model, batch)
+        known = {}
+
+        def counted(step, layers, model=model, fake_batch=fake_batch, mode=mode, known=known):
+            if (step, layers) not in known:
+                with mode:
+                    known[step, layers] = count(recomputing(step, layers), model, fake_batch)
+            return known[step, layers]
+
+        base = counted(stock, L)
+        if args.images == 32:
+            for layers in range(0, L + 1, L // 4):
+                hand = by_hand(shape, batch, layers)
+                row = {"recomputed": layers, "stock_flops": base["flops"], **counted(ours, layers), "by_hand": hand}
+                report["by_count"].append(row)
+        for card in CARDS:
+            room = (1 - RESERVE) * card * 2**30 - standing
+            for name, step in ((OURS, ours), ("T: C with every text kept on disk", texts_kept), (STOCK, stock)):
+                if step is not ours and (args.images != 32 or card != CARDS[0]):
+                    continue
+                layers = fewest(lambda n, step=step: counted(step, n)["peak_bytes"], room, L)
+                row = {"images": args.images, "card": card, "step": name, "recomputed": layers, "standing": standing}
+                if layers is not None:
+                    found = counted(step, layers)
+                    row |= {"peak_bytes": found["peak_bytes"], "to_stock": found["flops"] / base["flops"]}
+                report["fits"].append(row)
+    return report
+
+
+def fewest(peak, room, L):
+    """The fewest layers whose ``peak`` is within ``room``; it falls by the same for each layer but the last."""
+    if peak(L) > room:
+        return None
+    if peak(0) <= room:
+        return 0
+    a_layer = (peak(0) - peak(L - 1)) / (L - 1)
+    guess = min(math.ceil((peak(0) - room) / a_layer), L - 1)
+    while peak(guess) > room:
+        guess += 1
+    while guess and peak(guess - 1) <= room:
+        guess -= 1
+    return guess
+
+
+def markdown_of_layers(report):
+    made, L = report["provenance"], report["layers"]
+    versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items() if v)
+    lines = ["# Fewer layers recomputed", "", f"`{made['command']}`, {versions}, commit {made['commit']}.", ""]
+    lines += [
+        "Counted from sizes at the 7B shape, as in step-cpu.md; **nothing was computed, and none of it ran on a GPU**. "
+        f"Stage 1, {VISUAL} visual tokens, one hallucinated caption, bfloat16. A is stock LLaVA's step with all {L} "
+        "layers recomputed, as LLaVA trains.",
+        "",
+        "## C at 32 images",
+        "",
+    ]
+    rows = []
+    for row in report["by_count"]:
+        hand = row["by_hand"]
+        cells = [f"{row['recomputed']} of {L}", f"{row['flops'] / row['stock_flops']:.4f}"]
+        cells += [f"{hand['flops'] / row['flops']:.3f}", f"{row['peak_bytes'] / 2**20:,.0f}"]
+        rows.append((*cells, f"{hand['peak_bytes'] / row['peak_bytes']:.3f}"))
+    head = ("recomputed", "FLOPs / A", "by hand / counted", "peak memory above weights, MiB", "by hand / counted")
+    lines += [table(head, rows), "", "## The fewest that fit", ""]
+    lines += [
+        f"On one GPU, with weights and what Adam holds, and {RESERVE:.0%} of the card left for its driver, the "
+        "allocator's gaps and what is not counted.",
+        "",
+    ]
+    rows = []
+    for row in report["fits"]:
+        cells = [f"{row['card']} GiB", row["images"], row["step"], f"{row['standing'] / 2**30:.1f}"]
+        if row["recomputed"] is None:
+            rows.append((*cells, "does not fit", "", ""))
+            continue
+        cells += [f"{row['recomputed']} of {L}", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['to_stock']:.4f}"]
+        rows.append(cells)
+    head = ("card", "images", "step", "held throughout, GiB", "recomputed", "peak above, GiB", "FLOPs / A")
+    return "\n".join([*lines, table(head, rows), ""])
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -605,10 +736,17 @@ def main():
     what = "visual tokens of an image, a square (default: %(default)s)"
     parser.add_argument("--visual", type=int, default=VISUAL, metavar="N", help=what)
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--layers", action="store_true", help="count what fewer layers recomputed cost, and no more")
     parser.add_argument("--name", help="of the results: step-NAME (default: cpu or cuda)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
     args = parser.parse_args()
     globals()["VISUAL"] = args.visual
+    if args.layers:
+        report = count_layers(args.count) | {"provenance": provenance(seed=SEED)}
+        write_json(args.output / "checkpointing.json", report)
+        write_text(args.output / "checkpointing.md", markdown_of_layers(report))
+        print(markdown_of_layers(report))
+        return
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.images = args.images or (32 if args.device == "cuda" else 3)
     device = f"Timed on {torch.get_num_threads()} CPU threads, in float32"
