@@ -4,6 +4,7 @@
 # make test-4.37     both on LLaVA's own transformers
 # make test-all      everything, hours: before a release, and after a change of the stack (docs/reliability.md)
 # make bench   what HACL costs a step, on this machine: benchmarks/step.py
+# make gpu     on a GPU: is it right there, and what does it cost; benchmarks/gpu.sh, 25 minutes, goes on where it was
 # make venv    .venv with everything both need (the others call it)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test bench test-doors test-4.37 test-all venv venvs lint clean
+.PHONY: demo test bench gpu test-doors test-4.37 test-all venv venvs lint clean
 
 venv: .venv/.made
 venvs: .venv/.made .venv-4.37/.made
@@ -56,6 +57,11 @@ test: venv
 
 bench: venv
 	.venv/bin/python benchmarks/step.py
+
+# GPU_PYTHON: of an environment that is there, with a torch for its CUDA
+GPU_PYTHON ?=
+gpu: $(if $(GPU_PYTHON),,venv)
+	benchmarks/gpu.sh $(or $(GPU_PYTHON),.venv/bin/python)
 
 test-doors: venv
 	.venv/bin/python $(PYTEST) -m '(e2e or distributed or once) and not slow and not gpu' $(ARGS)

@@ -3,6 +3,8 @@
     python benchmarks/step.py                sizes for a CPU, some minutes (make bench)
     python benchmarks/step.py --shape 7b     on a GPU: time, memory, and the largest batch that fits
     python benchmarks/step.py --layers       counts alone, two minutes: N layers recomputed, and the N that fits a GPU
+    python benchmarks/step.py --parity       the shared pass against separate ones, beside what bfloat16 itself changes
+    benchmarks/gpu.sh                        all of that on a GPU, and more
 
 A 7B step's FLOPs and peak memory are counted in any case, from the sizes of its tensors, with nothing computed. Weights
 and pixels are random: no time depends on them. Times are ratios to stock LLaVA's step in the same round; the order of a
@@ -453,10 +455,16 @@ def time_all(args, steps, checkpointing):
     model = make_model(args.shape, args.device, dtype, checkpointing)
     batch = make_batch(args.shape, args.device, dtype, args.images, args.captions, args.mean)
     losses, found = {}, {}
+    if args.device == "cuda" and checkpointing and (few := fewest_on_device(args, model, batch)) is not None:
+        steps = steps | {f"C, {few} of {SHAPES[args.shape][0][2]} layers recomputed": recomputing(our_step, few)}
     for name, step in steps.items():
         try:
             losses[name] = float(step(model, batch).detach())
             found[name] = {"peak_bytes": peak_memory(step, model, batch, args.device)}
+            if args.device == "cuda":
+                with FlopCounterMode(display=False) as counter:
+                    train(step, model, batch)
+                found[name]["computed_flops"] = counter.get_total_flops()
         except torch.OutOfMemoryError:
             found[name] = None
             torch.cuda.empty_cache()
@@ -470,6 +478,9 @@ def time_all(args, steps, checkpointing):
         found[name]["seconds"] = [round(s, 4) for s in seconds]
         if STOCK in times:
             found[name]["to_stock"] = quartiles([s / a for s, a in zip(seconds, times[STOCK])])
+        if "computed_flops" in found[name]:
+            share = found[name]["computed_flops"] / statistics.median(seconds) / args.peak
+            found[name]["share_of_peak"] = round(share, 4)
     return found
 
 
@@ -487,6 +498,47 @@ def peak_memory(step, model, batch, device):
     with Peak([*model.parameters(), *model.buffers(), *tree_iter(batch)]) as peak:
         train(step, model, batch)
     return peak.peak
+
+
+def fewest_on_device(args, model, batch):
+    """The fewest layers to recompute, to an eighth of them, with which C fits on the GPU; None: not even with all."""
+    layers = SHAPES[args.shape][0][2]
+    for count in range(0, layers + 1, max(layers // 8, 1)):
+        try:
+            train(recomputing(our_step, count), model, batch)
+            return count
+        except torch.OutOfMemoryError:
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+    return None
+
+
+def parity(args):
+    """How far the gradients of the shared pass are from those of separate passes, in float32 and in bfloat16, beside
+    how far bfloat16 is from float32: norm of the difference by norm, over all that trains."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = make_model(args.shape, args.device, torch.float32, checkpointing=True)
+    batch = make_batch(args.shape, args.device, torch.float32, args.images, args.captions, args.mean)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        for fused_pass in (True, False):
+            model.hacl_fused = fused_pass
+            train(our_step, model, {**batch, "images": batch["images"].to(dtype)})
+            grads = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+            found[dtype, fused_pass] = torch.cat(grads)
+
+    def apart(a, b):
+        return ((found[a] - found[b]).norm() / found[b].norm()).item()
+
+    full, half = torch.float32, torch.bfloat16
+    return {
+        "float32, shared against separate": apart((full, True), (full, False)),
+        "bfloat16, shared against separate": apart((half, True), (half, False)),
+        "bfloat16 against float32, shared": apart((half, True), (full, True)),
+        "bfloat16 against float32, separate": apart((half, False), (full, False)),
+    }
 
 
 def largest_batch(args, steps, checkpointing):
@@ -526,8 +578,12 @@ def recomputing(step, layers):
     """A step with the first ``layers`` recomputed alone."""
 
     def limited(model, batch):
-        recompute_layers(model.get_model(), layers)
-        return step(model, batch)
+        llm = model.get_model()
+        recompute_layers(llm, layers)
+        try:
+            return step(model, batch)
+        finally:
+            recompute_layers(llm, len(llm.layers))
 
     return limited
 
@@ -653,7 +709,9 @@ def rows_of(found):
     stock = found[STOCK]
     timed = any(row and "seconds" in row for row in found.values())
     counted = any(row and "flops" in row for row in found.values())
-    head = ["step"] + ["time / A (quartiles)"] * timed + ["FLOPs / A", "tokens through the LLM"] * counted
+    shares = any(row and "share_of_peak" in row for row in found.values())
+    head = ["step"] + ["time / A (quartiles)"] * timed + ["share of the matmul peak"] * shares
+    head += ["FLOPs / A", "tokens through the LLM"] * counted
     head += ["peak memory / A", "peak memory, MiB"]
     rows = []
     for name, row in found.items():
@@ -665,6 +723,8 @@ def rows_of(found):
         if timed:
             low, middle, high = row["to_stock"]
             cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+        if shares:
+            cells.append(f"{row['share_of_peak']:.3f}")
         if counted:
             cells += [f"{row['flops'] / stock['flops']:.4f}", f"{row['tokens']:,}"]
         cells += [f"{row['peak_bytes'] / stock['peak_bytes']:.3f}", f"{row['peak_bytes'] / 2**20:,.0f}"]
@@ -737,6 +797,8 @@ def main():
     parser.add_argument("--visual", type=int, default=VISUAL, metavar="N", help=what)
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     parser.add_argument("--layers", action="store_true", help="count what fewer layers recomputed cost, and no more")
+    parser.add_argument("--parity", action="store_true", help="compare gradients of --shape, and no more")
+    parser.add_argument("--timed", action="store_true", help="count nothing")
     parser.add_argument("--name", help="of the results: step-NAME (default: cpu or cuda)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
     args = parser.parse_args()
@@ -748,11 +810,17 @@ def main():
         print(markdown_of_layers(report))
         return
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.images = args.images or (32 if args.device == "cuda" else 3)
+    args.images = args.images or (32 if args.device == "cuda" and not args.parity else 3)
+    if args.parity:
+        report = {"shape": args.shape, "images": args.images, "visual": VISUAL, "apart": parity(args)}
+        report["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+        write_json(args.output / "parity.json", report | {"provenance": provenance(seed=SEED)})
+        print(json.dumps(report["apart"], indent=1))
+        return
     device = f"Timed on {torch.get_num_threads()} CPU threads, in float32"
     if args.device == "cuda":
         device = f"Timed on {torch.cuda.get_device_name()}, in bfloat16"
-    peak = matmul_peak(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    peak = args.peak = matmul_peak(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     counted = dict(STEPS, **{STOCK: stock_step_counted})
     del counted[f"C without: {ONE_SPLICE}"]  # sizes alone do not follow LLaVA's loops
 
@@ -770,7 +838,7 @@ def main():
             part["largest"] = largest_batch(args, chosen, checkpointing)
         report["parts"].append(part)
     args.shape, args.images = args.count, 32
-    for checkpointing in (True, False):
+    for checkpointing in () if args.timed else (True, False):
         words = "with" if checkpointing else "without"
         part = {
             "title": f"{args.count}, {words} gradient checkpointing, counted from sizes",
@@ -779,7 +847,7 @@ def main():
             "steps": count_all(args, counted, checkpointing, args.captions, args.mean),
         }
         report["parts"].append(part)
-    for captions, mean in SWEEP:
+    for captions, mean in () if args.timed else SWEEP:
         chosen = {name: counted[name] for name in (STOCK, RELEASED, OURS)}
         steps = count_all(args, chosen, True, captions, mean)
         report["sweep"].append({"captions": captions, "mean": mean, "steps": steps})

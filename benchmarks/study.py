@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from hacl_llava.common import jsonl  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
-from hacl_llava.common.report import provenance, table  # noqa: E402
+from hacl_llava.common.report import MARKERS, provenance, pyplot, save, table  # noqa: E402
 from hacl_llava.demo import free_port  # noqa: E402
 from hacl_llava.miniature import judge, models, pretrained, world  # noqa: E402
 
@@ -348,6 +348,43 @@ def write(folder, size, found):
     about = {"size": size, "settings": numbers, "arms": arms, "provenance": provenance()}
     write_json(folder / f"study-{size}.json", {"results": found, **about})
     write_text(folder / f"study-{size}.md", "\n".join([*lines, ""]))
+    draw(found[1], arms, folder / f"study-{size}.png")
+
+
+TRADE = (("r1", "R@1, both ways"), ("margin", "margin, nats"), ("made_up", "shapes made up"))
+
+
+def draw(results, arms, path):
+    """What each arm gains in stage 1 against what it costs: differences to plain of the same seed, means over seeds."""
+    results = [r | {"r1": (r["r1_i2t"] + r["r1_t2i"]) / 2} for r in results]
+    plain = {(r["steps"], r["seed"]): r for r in results if r["arm"] == "plain"}
+    points = {}
+    for r in results:
+        if r["arm"] != "plain" and (beside := plain.get((r["steps"], r["seed"]))):
+            cost = 100 * (r["loss_lm"] / beside["loss_lm"] - 1)
+            points.setdefault((r["arm"], r["steps"]), []).append([cost, *(r[k] - beside[k] for k, _ in TRADE)])
+    if not points:
+        return
+    plt, all_steps = pyplot(), sorted({steps for _, steps in points})
+    figure, axes = plt.subplots(1, len(TRADE), figsize=(5 * len(TRADE), 6), layout="constrained")
+    shown = [arm for arm in arms if any(arm == name for name, _ in points)]
+    for (arm, steps), of in points.items():
+        x, *ys = (statistics.mean(column) for column in zip(*of))
+        look = {"color": plt.get_cmap("tab20")(shown.index(arm)), "marker": MARKERS[all_steps.index(steps)]}
+        for axis, y in zip(axes, ys):
+            label = f"{arm}, {steps} steps" + (f", {len(of)} seeds" if len(of) > 1 else "")
+            axis.plot(x, y, label=label, linestyle="", markersize=7 if len(of) > 1 else 5, **look)
+    highest = 1.3 * max(1, *(statistics.mean(p[0] for p in of) for of in points.values()))
+    for axis, (_, name) in zip(axes, TRADE):
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xscale("symlog", linthresh=5)  # what costs much is far from what does not
+        axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], [0, 1, 2, 5, 10, 20, 50, 100])
+        axis.set_xlim(-1.5, highest)
+        axis.set_xlabel("caption loss, % above plain's")
+        axis.set_title(f"{name}, less plain's", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    save(figure, path)
 
 
 def against_plain(results, arms, figures):

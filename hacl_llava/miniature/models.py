@@ -183,8 +183,12 @@ def make_vision_tower(
     layers: int = 2,
     progress: bool = False,
     places: bool = False,
+    size: int = SIZE,
+    patches: int = 3,
 ) -> float | None:
     """Write a CLIP vision checkpoint and its image processor's settings: 3 x 3 patches, one for each cell of a scene.
+
+    Or, untrained, of other images: ``size`` pixels and ``patches`` a side.
 
     ``steps`` > 0 trains it to name what is in each cell, at the layer that LLaVA reads (the one before the last); with
     ``places`` also which cell that is.
@@ -204,8 +208,8 @@ def make_vision_tower(
             intermediate_size=hidden_size * 2,
             num_hidden_layers=layers + 1,  # LLaVA reads the layer before the last
             num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=SIZE // 3,
+            image_size=size,
+            patch_size=size // patches,
             projection_dim=hidden_size,
         )
         model = transformers.CLIPVisionModel(config)
@@ -218,7 +222,7 @@ def make_vision_tower(
     config.save_pretrained(folder)
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     processor = {
-        "crop_size": {"height": SIZE, "width": SIZE},
+        "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -229,7 +233,7 @@ def make_vision_tower(
         "image_std": CLIP_STD,
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": SIZE},
+        "size": {"shortest_edge": size},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
     return accuracy

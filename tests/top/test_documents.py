@@ -41,6 +41,13 @@ def test_control_broken_links_are_found(tmp_path):
     assert list(broken_links(tmp_path / "page.md")) == ["other.md#no", "none.md", "#x"]
 
 
+def test_the_readme_begins_with_what_has_not_run():
+    """What `make gpu` would have measured is said to be open for as long as it is."""
+    first = " ".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:10])
+    measured = list((ROOT / "benchmarks/results/gpu").glob("*.json"))
+    assert ("a GPU" in first.partition("**Not run yet**:")[2].partition(".")[0]) == (not measured)
+
+
 def test_tables_of_the_readme_have_no_gap():
     """A line that is empty, or no row, ends a table on GitHub."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

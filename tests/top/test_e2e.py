@@ -113,6 +113,27 @@ def test_script_for_several_nodes(tmp_path):
 
 
 @pytest.mark.once
+def test_what_a_gpu_is_measured_with(tmp_path):
+    """`make gpu`, at a shape for a CPU: each part leaves its file, and what is there is not made again."""
+    tiny = {"SHAPE": "tiny", "VISUAL": "9", "IMAGES": "2", "ROUNDS": "1", "ZERO": "2", "OUT": str(tmp_path)}
+
+    def run():
+        command = [str(ROOT / "benchmarks/gpu.sh"), sys.executable]
+        return subprocess.run(command, env=os.environ | tiny, capture_output=True, text=True, timeout=550)
+
+    first = run()
+    assert first.returncode == 0, first.stdout + first.stderr
+    apart = json.loads((tmp_path / "parity.json").read_text())["apart"]
+    assert apart["float32, shared against separate"] < 1e-4 < apart["bfloat16, shared against separate"]
+    assert apart["bfloat16, shared against separate"] < 2 * apart["bfloat16 against float32, separate"]
+    (_, without) = json.loads((tmp_path / "step-2.json").read_text())["parts"]
+    assert all(row["to_stock"] for row in without["steps"].values())
+    runs = json.loads((tmp_path / "zero-2.json").read_text())["runs"]
+    assert set(runs) == {"plain", "hacl", "hacl, few layers recomputed"} and all(r["seconds"] for r in runs.values())
+    assert run().stdout.count("there already") == 3
+
+
+@pytest.mark.once
 def test_demo(tmp_path, monkeypatch, capfd):
     """The whole of `make demo`, with one epoch of 64 images."""
     from hacl_llava import demo

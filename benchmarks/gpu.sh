@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Is HACL right on this GPU, and what does it cost there? Each part writes its files as it ends, and is not run again.
+#   make gpu                                         or: benchmarks/gpu.sh PYTHON, with torch for CUDA, llava and this
+#   SHAPE=tiny VISUAL=9 IMAGES="2" ROUNDS=1 OUT=runs/gpu benchmarks/gpu.sh .venv/bin/python     on a CPU: that it runs
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3} out=${OUT:-benchmarks/results/gpu}
+shape=${SHAPE:-7b} images=${IMAGES:-8 16 32} visual=${VISUAL:-576} rounds=${ROUNDS:-7} zero=${ZERO:-2 3}
+failed=()
+mkdir -p "$out"
+
+part() { # name, file that it leaves, command
+    local name=$1 file=$out/$2 began=$SECONDS
+    shift 2
+    if [ -e "$file" ]; then echo "$name: there already, $file"; return; fi
+    if timeout 600 "$python" "$@" >"$out/$name.log" 2>&1; then
+        echo "$name: $((SECONDS - began)) s, $file"
+    else
+        echo "$name: failed after $((SECONDS - began)) s; the end of $out/$name.log:"
+        tail -n 15 "$out/$name.log"
+        failed+=("$name")
+    fi
+}
+
+sizes=(--shape "$shape" --visual "$visual" --output "$out")
+part parity parity.json benchmarks/step.py --parity "${sizes[@]}"
+for n in $images; do
+    part "step-$n" "step-$n.json" benchmarks/step.py --timed "${sizes[@]}" --images "$n" --rounds "$rounds" --name "$n"
+done
+for n in $zero; do
+    part "zero-$n" "zero-$n.json" benchmarks/engines.py "${sizes[@]}" --images "${images%% *}" --zero "$n"
+done
+if [ "$shape" = 7b ]; then
+    part tests tests.xml -m pytest -m gpu --junitxml "$out/tests.xml"
+    # a real, small LLM; goes on where it was
+    part study study-smollm2.json benchmarks/study.py --results "$out" --steps 240 --seeds 0 1 2 3 4 --arms plain eos late
+fi
+[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}; the same command goes on"; exit 1; }
