@@ -19,6 +19,7 @@ from .config import HaclConfig, RunSettings, on_first_rank
 from .packing import branch, pack
 from .records import (
     DataError,
+    Records,
     caption_of,
     hallucinated_captions,
     list_records,
@@ -30,8 +31,8 @@ from .representation import suffix_ids
 import llava.train.train as stock
 
 
-def read_records(path: str | os.PathLike) -> list[Any]:
-    """Read a LLaVA-format json, or json lines, gzipped or not: a list of records.
+def read_records(path: str | os.PathLike) -> Records:
+    """Read a LLaVA-format json, or json lines, gzipped or not.
 
     Raises:
         DataError: the file is missing, is not json (truncated, say), or is not a list of records.
@@ -264,7 +265,7 @@ class GuardedDataset(stock.LazySupervisedDataset):
         self.tokenizer, self.data_args, self.data_path = tokenizer, data_args, data_path
         records, left_out = read_records(data_path), getattr(data_args, "hacl_left_out", None) or ()
         self.numbers = [i for i in range(len(records)) if i not in left_out] if left_out else range(len(records))
-        self.list_data_dict = [records[i] for i in self.numbers] if left_out else records
+        self.list_data_dict = records.only(self.numbers) if left_out else records
         path = getattr(data_args, "hacl_bad_records", None)
         run = getattr(data_args, "hacl_run", None) or RunSettings()
         self.bad_records = BadRecords(path, run.max_failed) if path else None
@@ -378,7 +379,8 @@ class HaclDataset(GuardedDataset):
         super().__init__(data_path, tokenizer, data_args)
         config = getattr(data_args, "hacl", None) or HaclConfig()
         self.suffix, limit = suffix_ids(config, tokenizer), config.num_hallucinated
-        found = [_number_of_hallucinated(r) for r in self.list_data_dict]
+        found = [(_number_of_hallucinated(r), isinstance(r, dict) and "image" in r) for r in self.list_data_dict]
+        found, images = zip(*found)
         self.num_hallucinated = max(found) if limit < 0 else min(limit, max(found))
         self.ranks = config.ranking > 0
         if self.ranks and not self.num_hallucinated:
@@ -386,8 +388,7 @@ class HaclDataset(GuardedDataset):
                 f"{data_path}: no record has hallucinated captions, and --hacl_ranking {config.ranking:g} ranks them; "
                 "make some with hacl-llava hallucinate, or leave the flag out."
             )
-        images = sum("image" in r for r in self.list_data_dict if isinstance(r, dict))
-        with_captions = sum(n > 0 for n in found)
+        images, with_captions = sum(images), sum(n > 0 for n in found)
         if on_first_rank():
             print(
                 f"HACL data: {len(found)} records, {images} with an image, {with_captions} with hallucinated captions "

@@ -5,12 +5,14 @@ each of them gets wrong, ``"hallucinated_kinds"``; the official release's key, `
 The caption is the first answer of the conversation.
 """
 
+import array
+import copy
 import gzip
 import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -122,13 +124,44 @@ def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); give a LLaVA-format json.") from None
 
 
-def list_records(path: str | os.PathLike) -> list[Any]:
-    """All records of a file that `stream_records` reads, as a list.
+class Records(Sequence):
+    """Records held as their text, each parsed when it is asked for: a new object each time.
+
+    As Python objects LLaVA's 558k take four times as much, on every rank; and each data worker, a fork of its rank,
+    comes to copy them all, since to look at an object is to write its count of references (benchmarks/data.py).
+
+    Args:
+        texts: of records, each a json value.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._text, self._ends = bytearray(), array.array("Q", [0])
+        for text in texts:
+            self._text += text.encode("utf-8", "surrogatepass")
+            self._ends.append(len(self._text))
+        self._at = range(len(self._ends) - 1)  # where each of this sequence stands
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, i: int) -> Any:
+        n = self._at[i]
+        return json.loads(self._text[self._ends[n] : self._ends[n + 1]].decode("utf-8", "surrogatepass"))
+
+    def only(self, numbers: Sequence[int]) -> "Records":
+        """Those that stand at ``numbers``; the text is shared."""
+        part = copy.copy(self)
+        part._at = array.array("Q", (self._at[i] for i in numbers))
+        return part
+
+
+def list_records(path: str | os.PathLike) -> Records:
+    """All records of a file that `stream_records` reads.
 
     Raises:
         DataError: as there, and for a file that holds one object which is no record.
     """
-    records = [record for _, record in stream_records(path)]
+    records = Records(text for text, _ in stream_records(path))
     if len(records) == 1 and isinstance(records[0], dict) and "conversations" not in records[0]:
         with (gzip.open if _packed(path) else open)(path, "rb") as file:
             if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import random
 
 import pytest
@@ -47,7 +48,13 @@ def test_an_array_is_read_as_json_reads_it(tmp_path_factory, values, indent, asc
     finally:
         module._CHUNK = before
     assert [v for _, v in found] == json.loads(data)
-    assert [json.loads(t) for t, _ in found] == json.loads(data)
+    records = module.Records(text for text, _ in found)
+    assert len(records) == len(values) and list(pickle.loads(pickle.dumps(records))) == json.loads(data)
+    numbers = list(range(len(values)))[::-2]
+    part = records.only(numbers).only(range(len(numbers)))
+    assert list(part) == [json.loads(data)[n] for n in numbers] and part[-1] == part[len(part) - 1]
+    with pytest.raises(IndexError):
+        part[len(part)]
 
 
 def test_a_number_that_is_cut_anywhere(tmp_path, monkeypatch):

@@ -240,7 +240,7 @@ def test_unreadable_json_is_named(tmp_path, text, message):
 def test_missing_json_is_named_and_bom_is_read(tmp_path):
     with pytest.raises(DataError, match="nowhere.json: cannot be read .No such file"):
         read_records(str(tmp_path / "nowhere.json"))
-    assert read_records(broken(tmp_path, b'\xef\xbb\xbf[{"id": 1}]')) == [{"id": 1}]
+    assert list(read_records(broken(tmp_path, b'\xef\xbb\xbf[{"id": 1}]'))) == [{"id": 1}]
 
 
 def check_records(path, records, image_folder, plain):
