@@ -799,6 +799,7 @@ def main():
     parser.add_argument("--layers", action="store_true", help="count what fewer layers recomputed cost, and no more")
     parser.add_argument("--parity", action="store_true", help="compare gradients of --shape, and no more")
     parser.add_argument("--timed", action="store_true", help="count nothing")
+    parser.add_argument("--only", nargs="+", metavar="X", help="with --timed: steps whose names begin so, beside A")
     parser.add_argument("--name", help="of the results: step-NAME (default: cpu or cuda)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
     args = parser.parse_args()
@@ -824,6 +825,9 @@ def main():
     counted = dict(STEPS, **{STOCK: stock_step_counted})
     del counted[f"C without: {ONE_SPLICE}"]  # sizes alone do not follow LLaVA's loops
 
+    timed = STEPS
+    if args.only:
+        timed = {name: step for name, step in STEPS.items() if name == STOCK or name.startswith(tuple(args.only))}
     report = {"device": device, "matmul_flops": peak, "parts": [], "sweep": []}
     for checkpointing in (True, False):
         words = "with" if checkpointing else "without"
@@ -831,7 +835,7 @@ def main():
             "title": f"{args.shape}, {words} gradient checkpointing, timed",
             "note": f"{args.images} images of {VISUAL} visual tokens, {args.captions} hallucinated captions each, "
             f"captions of {args.mean} tokens on average; {args.rounds} rounds.",
-            "steps": time_all(args, STEPS, checkpointing),
+            "steps": time_all(args, timed, checkpointing),
         }
         if args.device == "cuda" and checkpointing:
             chosen = {name: STEPS[name] for name in (STOCK, RELEASED, OURS)}
