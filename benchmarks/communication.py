@@ -25,7 +25,7 @@ B, P, D, STEPS = 4, 16, 64, 4  # the miniature's batch on a rank, width of the h
 PROJECTOR, HEADS = 2 * (D * D + D), 2 * (D * P + P)  # weights; the temperature is one more
 COUNTED = STEPS - 1  # the one looked at: ZeRO-3 learns in the first two what it will need when
 
-# name -> (DeepSpeed configuration, hallucinated captions, flags)
+# name -> (DeepSpeed configuration, hallucinated captions, flags); the others are `config.EOS`
 CASES = {
     "stock": ("zero2", 2, "--use_hacl False"),
     "own": ("zero2", 2, "--hacl_negatives own"),
@@ -173,6 +173,7 @@ def make_world(folder):
 
 def count_case(folder, name, ranks):
     """Run one case; returns the calls of the counted step as ``{part: {function: {calls, bytes}}}``, bytes per rank."""
+    from hacl_llava.config import EOS
     from hacl_llava.demo import free_port
 
     config, _, flags = CASES[name]
@@ -189,6 +190,7 @@ def count_case(folder, name, ranks):
         "max_steps": STEPS, "evaluation_strategy": "no", "save_strategy": "no", "learning_rate": 1e-3, "bf16": True,
         "logging_steps": 1000, "model_max_length": 512, "gradient_checkpointing": True, "report_to": "none",
         "lazy_preprocess": True, "disable_tqdm": True, "deepspeed": output / "deepspeed.json",
+        **{f"hacl_{name}": value for name, value in EOS.items()},
     }  # fmt: skip
     (output / "deepspeed.json").write_text(json.dumps(config))
     command = [sys.executable, __file__, *(str(x) for k, v in settings.items() for x in (f"--{k}", v)), *flags.split()]

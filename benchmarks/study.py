@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from hacl_llava.common import jsonl  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
 from hacl_llava.common.report import MARKERS, provenance, pyplot, save, table  # noqa: E402
+from hacl_llava.config import EOS  # noqa: E402
 from hacl_llava.demo import free_port  # noqa: E402
 from hacl_llava.miniature import judge, models, pretrained, world  # noqa: E402
 
@@ -45,7 +46,7 @@ SIZES = {
 }
 DTYPES = {True: "bfloat16", False: "float32"}
 # How representations are contrasted; the miniature's LLM was trained to say at EOS what a text says.
-BARE = {"head_dim": 0, "learnable_temperature": False, "weight": 0.1}
+BARE = EOS | {"head_dim": 0, "learnable_temperature": False, "weight": 0.1}
 PROMPT = BARE | {"representation": "prompt"}
 CENTRED = {"smollm2": PROMPT | {"centre": True}, "miniature": BARE}
 
@@ -55,10 +56,10 @@ def arms_of(size):
     centred = CENTRED[size]
     share = centred | {"weight": 1.0, "start": 0.3, "gradient_share": 0.2}
     late = centred | {"start": 0.3}
-    ranking = {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0}
+    ranking = EOS | {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0}
     arms = {
         "plain": None,
-        "eos": {},  # heads, learnt temperature, weight 1
+        "eos": EOS,  # heads, learnt temperature, weight 1
         "prompt": PROMPT,
         "centred": centred,
         "late": late,

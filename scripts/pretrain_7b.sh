@@ -3,7 +3,7 @@
 # Everything but the queue and --save_steps is LLaVA-1.5's own script; the queue is the paper's (arXiv 2312.06968).
 # LLaVA saves every 24,000 steps, which are more than the run has: a run that is killed would begin anew.
 # Global batch as LLaVA-1.5: 256 (8 GPUs x 32). With fewer GPUs raise --gradient_accumulation_steps.
-# More flags may follow: scripts/pretrain_7b.sh --hacl_negatives batch
+# More flags may follow: scripts/pretrain_7b.sh --hacl_preset paper
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -43,5 +43,4 @@ exec "${COMMAND[@]}" scripts/pretrain_hacl.py \
     --dataloader_num_workers 4 \
     --lazy_preprocess True \
     --report_to "${REPORT_TO:-none}" \
-    --hacl_queue_size 16384 \
     "$@"

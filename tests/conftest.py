@@ -99,8 +99,12 @@ def make_llm_of_today(mini, folder, special=("<|im_start|>", "<|reserved_0|>"), 
     return folder
 
 
-def arguments(mini, output, *more):
-    """The command line of a stage-1 run as LLaVA's scripts spell it."""
+def arguments(mini, output, *more, stock=False):
+    """The command line of a stage-1 run as LLaVA's scripts spell it, with heads and a temperature to train, for all
+    that has to come through; ``stock``: without HACL's flags."""
+    from hacl_llava.config import EOS
+
+    hacl = [] if stock else [x for name, value in EOS.items() for x in (f"--hacl_{name}", str(value))]
     return [
         *("--model_name_or_path", str(mini.llm), "--version", "plain"),
         *("--data_path", str(mini.data), "--image_folder", str(mini.images), "--vision_tower", str(mini.clip)),
@@ -110,7 +114,7 @@ def arguments(mini, output, *more):
         *("--evaluation_strategy", "no", "--save_strategy", "no", "--learning_rate", "1e-3", "--weight_decay", "0."),
         *("--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1"),
         *("--model_max_length", "512", "--gradient_checkpointing", "True", "--dataloader_num_workers", "0"),
-        *("--lazy_preprocess", "True", "--report_to", "none", *more),
+        *("--lazy_preprocess", "True", "--report_to", "none", *hacl, *more),
     ]
 
 

@@ -65,7 +65,8 @@ def test_every_setting_is_a_flag_with_a_help_text(train_module, tmp_path):
     argv += ["--hacl_num_hallucinated", "3", "--output_dir", str(tmp_path), "--use_cpu", "True"]
     args, _, _ = parser.parse_args_into_dataclasses(argv)
     config = HaclConfig.from_arguments(args)
-    assert config == HaclConfig(negatives="global", queue_size=16384, fused=False, num_hallucinated=3)
+    given = {"negatives": "global", "queue_size": 16384, "fused": False, "num_hallucinated": 3}
+    assert config == HaclConfig(**PRESETS["default"] | given)
     assert HaclConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     for argv, head_dim in (["--hacl_preset", "paper"], 0), (["--hacl_preset=paper", "--hacl_head_dim", "8"], 8):
         args, _, _ = parser.parse_args_into_dataclasses([*argv, "--use_hacl", "False", "--output_dir", str(tmp_path)])
@@ -204,7 +205,9 @@ def test_use_hacl_false_is_stock_training_bit_for_bit(monkeypatch, capsys, mini,
     off, log_off = train_in_process(monkeypatch, capsys, mini, tmp_path / "off", "--use_hacl", "False")
     integration.uninstall(vars(train_module))
     transformers.set_seed(42)  # as our doors do, for LLaVA makes the projector before anything is seeded
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(mini, tmp_path / "stock", "--use_cpu", "True")])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *arguments(mini, tmp_path / "stock", "--use_cpu", "True", stock=True)]
+    )
     train_module.train()
     stock = torch.load(tmp_path / "stock/mm_projector.bin", weights_only=True)
     log = json.loads((tmp_path / "stock/trainer_state.json").read_text())["log_history"]

@@ -17,6 +17,7 @@ from conftest import arguments
 from workers import Run, alone, trained
 
 from hacl_llava import cli
+from hacl_llava.config import PRESETS, HaclConfig
 from hacl_llava.demo import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +49,12 @@ PROJECTOR = {
 }  # fmt: skip
 
 
-def check_stage1(said, folder, stage):
+def check_stage1(said, folder, stage, heads="hacl_head 2,081, "):
     # DeepSpeed's engine holds the model: the line is printed from the object, not from the flag.
     line = re.search(r"HACL run: .*", said).group()
     assert f"engine DeepSpeedEngine ZeRO-{stage}, 2 ranks on cpu, fused passes" in line
     # 64 -> 64 -> 64 projector with biases; two heads 64 -> 16, and the temperature
-    assert "trained: hacl_head 2,081, mm_projector 8,320" in line
+    assert f"trained: {heads}mm_projector 8,320" in line
     log = log_of(folder)
     assert len(log) == 2 and all(set(x) >= PARTS for x in log)  # 32 images, 8 a rank
     projector = torch.load(folder / "mm_projector.bin", weights_only=True)
@@ -73,8 +74,10 @@ def test_scripts_of_the_real_run_as_they_are(mini, tmp_path):
     flags = ("--tf32", "False", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "1")
     env["LAUNCHER_ARGS"] = f"--num_gpus 2 --master_port {free_port()}"
     done = run("bash", "scripts/pretrain_7b.sh", *flags, **env)
-    check_stage1(done.stdout + done.stderr, tmp_path / "stage1", 2)
-    assert json.loads((tmp_path / "stage1/config.json").read_text())["hacl"]["queue_size"] == 16384
+    check_stage1(done.stdout + done.stderr, tmp_path / "stage1", 2, heads="")
+    settings = HaclConfig(**PRESETS["default"]).to_dict()
+    assert json.loads((tmp_path / "stage1/config.json").read_text())["hacl"] == settings
+    assert "HACL preset default: --hacl_representation prompt --hacl_centre True --hacl_weight 0.1" in done.stdout
 
     env |= {"OUTPUT": str(tmp_path / "stage2"), "LAUNCHER_ARGS": f"--num_gpus 2 --master_port {free_port()}"}
     run("bash", "scripts/finetune_7b.sh", *flags, **env)
