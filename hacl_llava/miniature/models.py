@@ -1,6 +1,6 @@
 """Tiny Llama and CLIP checkpoints on disk, laid out as the real ones are (Vicuna v1.5, openai/clip-vit-*).
 
-Both may be trained for a moment, so that a frozen LLM has something to say and a frozen tower something to see.
+The tower may be trained for a moment, so that it has something to see; an LLM that has read something: `pretrained`.
 """
 
 import json
@@ -68,21 +68,8 @@ def make_tokenizer(folder: str | os.PathLike, seed: int = 0, vocab_size: int = 2
     (folder / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "<unk>"}, indent=2))
 
 
-def make_llm(
-    folder: str | os.PathLike,
-    seed: int = 0,
-    steps: int = 0,
-    hidden_size: int = 64,
-    layers: int = 2,
-    questions: int = 0,
-    progress: bool = False,
-) -> float | None:
-    """Write a Llama checkpoint with its tokenizer; ``steps`` > 0 trains it on captions of random scenes first, and with
-    ``questions`` > 0 half of that time on so many questions about each.
-
-    Returns:
-        The mean loss of the last steps (nats per token), or None without training.
-    """
+def make_llm(folder: str | os.PathLike, seed: int = 0, hidden_size: int = 64, layers: int = 2) -> None:
+    """Write a Llama checkpoint of random weights with its tokenizer."""
     import torch
     import transformers
 
@@ -108,71 +95,7 @@ def make_llm(
         )
         model = transformers.LlamaForCausalLM(config)
         model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        loss = _train_on_text(model, pieces, steps, seed, questions, progress) if steps else None
         model.save_pretrained(folder)
-    return loss
-
-
-def _train_on_text(model, pieces, steps, seed, questions, progress):
-    """Train on documents of two captions of one scene with EOS between.
-
-    The second sees of the first only its EOS: so the state at EOS comes to sum up a text, as it does in an LLM that has
-    read much. With ``questions``, every second batch is of captions with so many questions and answers, and only the
-    answers are learnt there: so the LLM can say what it has read, as a Vicuna can. (They stay guesses for 1500 steps.)
-    """
-    import torch
-    from tqdm import tqdm
-
-    rng = random.Random(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False
-    )
-    losses = []
-    bar = tqdm(range(steps), desc="tiny LLM", disable=not progress)
-    for step in bar:
-        asked = questions and step % 2
-        documents = [_document(make_scene(rng), questions if asked else 0, pieces, rng) for _ in range(32)]
-        ids, labels = (
-            torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(d[i]) for d in documents], batch_first=True, padding_value=pad
-            )
-            for i, pad in ((0, 0), (1, -100))
-        )
-        columns, end = torch.arange(ids.shape[1]), torch.tensor([d[2] for d in documents])[:, None, None]
-        see = (columns[:, None] >= columns[None])[None] & ((columns[:, None] <= end) | (columns[None] >= end))
-        # Boolean and with sdpa, the one mask that every transformers version reads alike.
-        loss = model(input_ids=ids, attention_mask=see[:, None], labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if not asked:
-            losses.append(loss.item())
-        bar.set_postfix(**{"answers" if asked else "captions": f"{loss.item():.3f}"})
-    return sum(losses[-20:]) / len(losses[-20:])
-
-
-def _document(scene, questions, pieces, rng):
-    """(ids, labels, position of the EOS that alone is seen after it) of a document; 0 sees all."""
-    row = [1, *pieces.encode(caption_of(scene))]
-    if not questions:
-        end = len(row)
-        row += [2, *pieces.encode(caption_of(rng.sample(scene, len(scene)))), 2]
-        return row, row, end
-    row += pieces.encode("\n")
-    labels, there = [-100] * len(row), [group[2] for group in scene]
-    for _ in range(questions):
-        yes = rng.random() < 0.5
-        shape = rng.choice(there if yes else [s for s in SHAPES if s not in there])
-        group = caption_of([group for group in scene if group[2] == shape])
-        answer = [*pieces.encode(f"Yes, {group}" if yes else "No"), 2]
-        asked = pieces.encode(f"{question_about(shape)} ASSISTANT:")
-        after = pieces.encode("USER:")
-        row += asked + answer + after
-        labels += [-100] * len(asked) + answer + [-100] * len(after)
-    return row, labels, 0
 
 
 def make_vision_tower(
