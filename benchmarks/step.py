@@ -50,6 +50,7 @@ from hacl_llava.representation import IGNORE_INDEX, Centre, embed, hidden, suffi
 SHAPES = {
     "tiny": ((128, 344, 4, 2, 500), (32, 1)),
     "small": ((512, 1376, 12, 8, 2500), (128, 2)),
+    "medium": ((1024, 2752, 16, 8, 6000), (512, 6)),
     "1b": ((2048, 5504, 24, 16, 24000), (1024, 23)),
     "7b": ((4096, 11008, 32, 32, 32000), (1024, 23)),
 }
@@ -370,11 +371,25 @@ def train(step, model, batch):
     step(model, batch).backward()
 
 
+def flop_counter():
+    """FLOPs of matrix products and attention; torch's own counter knows no attention on a CPU."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
 def count(step, model, batch):
     """FLOPs (forward and backward, matrix products and attention), tokens through the LLM, peak bytes."""
     tokens = []
     hook = model.get_model().layers[0].register_forward_hook(lambda m, a, out: tokens.append(a[0].shape[:2].numel()))
-    with FlopCounterMode(display=False) as flops:
+    with flop_counter() as flops:
         train(step, model, batch)
     hook.remove()
     model.zero_grad(set_to_none=True)
@@ -462,7 +477,7 @@ def time_all(args, steps, checkpointing):
             losses[name] = float(step(model, batch).detach())
             found[name] = {"peak_bytes": peak_memory(step, model, batch, args.device)}
             if args.device == "cuda":
-                with FlopCounterMode(display=False) as counter:
+                with flop_counter() as counter:
                     train(step, model, batch)
                 found[name]["computed_flops"] = counter.get_total_flops()
         except torch.OutOfMemoryError:
@@ -646,7 +661,28 @@ def count_layers(shape):
                     found = counted(step, layers)
                     row |= {"peak_bytes": found["peak_bytes"], "to_stock": found["flops"] / base["flops"]}
                 report["fits"].append(row)
+    report["measured"] = list(measure_by_hand())
     return report
+
+
+MEASURED = (("small", 8), ("medium", 4), ("1b", 2))  # shapes and images
+
+
+def measure_by_hand():
+    """`by_hand` beside what steps that are computed take, on a CPU in bfloat16."""
+    for shape, images in tqdm(MEASURED, desc="measuring"):
+        L = SHAPES[shape][0][2]
+        model = make_model(shape, "cpu", torch.bfloat16, True)
+        batch = make_batch(shape, "cpu", torch.bfloat16, images, 1, MEAN_TOKENS)
+        model.hacl_fused = True  # without the self-check, of which nothing is to be counted
+        for layers in (0, L // 2, L):
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            with flop_counter() as flops, Peak([*model.parameters(), *model.buffers(), *tree_iter(batch)]) as peak:
+                train(recomputing(our_step, layers), model, batch)
+            found = {"flops": flops.get_total_flops(), "peak_bytes": peak.peak}
+            hand = by_hand(shape, batch, layers)
+            yield {"shape": shape, "images": images, "recomputed": layers, "layers": L, **found, "by_hand": hand}
 
 
 def fewest(peak, room, L):
@@ -669,7 +705,8 @@ def markdown_of_layers(report):
     versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items() if v)
     lines = ["# Fewer layers recomputed", "", f"`{made['command']}`, {versions}, commit {made['commit']}.", ""]
     lines += [
-        "Counted from sizes at the 7B shape, as in step-cpu.md; **nothing was computed, and none of it ran on a GPU**. "
+        "Counted from sizes at the 7B shape, as in step-cpu.md; but for the last table nothing was computed, and "
+        "**nothing ran on a GPU**. "
         f"Stage 1, {VISUAL} visual tokens, one hallucinated caption, bfloat16. A is stock LLaVA's step with all {L} "
         "layers recomputed, as LLaVA trains.",
         "",
@@ -698,6 +735,21 @@ def markdown_of_layers(report):
         cells += [f"{row['recomputed']} of {L}", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['to_stock']:.4f}"]
         rows.append(cells)
     head = ("card", "images", "step", "held throughout, GiB", "recomputed", "peak above, GiB", "FLOPs / A")
+    lines += [
+        table(head, rows),
+        "",
+        "## The same arithmetic beside steps that were computed",
+        "",
+        "On a CPU, in bfloat16.",
+        "",
+    ]
+    rows = []
+    for row in report["measured"]:
+        hand = row["by_hand"]
+        cells = [row["shape"], row["images"], f"{row['recomputed']} of {row['layers']}"]
+        cells += [f"{row['flops'] / 1e12:.3f}", f"{hand['flops'] / row['flops']:.3f}"]
+        rows.append([*cells, f"{row['peak_bytes'] / 2**20:,.0f}", f"{hand['peak_bytes'] / row['peak_bytes']:.3f}"])
+    head = ("shape", "images", "recomputed", "TFLOPs", "by hand / measured", "peak memory, MiB", "by hand / measured")
     return "\n".join([*lines, table(head, rows), ""])
 
 
@@ -735,7 +787,8 @@ def markdown(report):
     made = report["provenance"]
     versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items() if v)
     lines = ["# What HACL costs a training step", "", f"`{made['command']}`, {versions}, commit {made['commit']}.", ""]
-    lines += [report["device"] + ".", ""]
+    old = report.get("timed")
+    lines += [report["device"] + (f" (`{old['command']}`, commit {old['commit']})" if old else "") + ".", ""]
     for part in report["parts"]:
         lines += [f"## {part['title']}", "", part["note"], "", rows_of(part["steps"]), ""]
         if part.get("largest"):
@@ -799,6 +852,7 @@ def main():
     parser.add_argument("--layers", action="store_true", help="count what fewer layers recomputed cost, and no more")
     parser.add_argument("--parity", action="store_true", help="compare gradients of --shape, and no more")
     parser.add_argument("--timed", action="store_true", help="count nothing")
+    parser.add_argument("--counted", action="store_true", help="time nothing: what a file of that name has timed stays")
     parser.add_argument("--only", nargs="+", metavar="X", help="with --timed: steps whose names begin so, beside A")
     parser.add_argument("--name", help="of the results: step-NAME (default: cpu or cuda)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
@@ -829,7 +883,11 @@ def main():
     if args.only:
         timed = {name: step for name, step in STEPS.items() if name == STOCK or name.startswith(tuple(args.only))}
     report = {"device": device, "matmul_flops": peak, "parts": [], "sweep": []}
-    for checkpointing in (True, False):
+    path = args.output / f"step-{args.name or args.device}"
+    if args.counted:
+        before = json.loads(path.with_suffix(".json").read_text())
+        report |= {"device": before["device"], "parts": before["parts"][:2], "timed": before["provenance"]}
+    for checkpointing in () if args.counted else (True, False):
         words = "with" if checkpointing else "without"
         part = {
             "title": f"{args.shape}, {words} gradient checkpointing, timed",
@@ -856,7 +914,6 @@ def main():
         steps = count_all(args, chosen, True, captions, mean)
         report["sweep"].append({"captions": captions, "mean": mean, "steps": steps})
     report["provenance"] = provenance(seed=SEED)
-    path = args.output / f"step-{args.name or args.device}"
     write_json(path.with_suffix(".json"), report)
     write_text(path.with_suffix(".md"), markdown(report))
     draw(report, path.with_suffix(".png"))
