@@ -676,13 +676,8 @@ def measure_by_hand():
         batch = make_batch(shape, "cpu", torch.bfloat16, images, 1, MEAN_TOKENS)
         model.hacl_fused = True  # without the self-check, of which nothing is to be counted
         for layers in (0, L // 2, L):
-            model.zero_grad(set_to_none=True)
-            gc.collect()
-            with flop_counter() as flops, Peak([*model.parameters(), *model.buffers(), *tree_iter(batch)]) as peak:
-                train(recomputing(our_step, layers), model, batch)
-            found = {"flops": flops.get_total_flops(), "peak_bytes": peak.peak}
-            hand = by_hand(shape, batch, layers)
-            yield {"shape": shape, "images": images, "recomputed": layers, "layers": L, **found, "by_hand": hand}
+            found = count(recomputing(our_step, layers), model, batch) | {"by_hand": by_hand(shape, batch, layers)}
+            yield {"shape": shape, "images": images, "recomputed": layers, "layers": L, **found}
 
 
 def fewest(peak, room, L):
