@@ -81,7 +81,7 @@ def test_full_finetuning_saves_checkpoints(mini, tmp_path):
     # LLaVATrainer._save_checkpoint outside of stage 1 passes an argument that newer Trainers refuse.
     code = (
         "import sys; from hacl_llava import compat; import llava.train.train as t; "
-        f"sys.argv = ['train.py', *{arguments(mini, tmp_path / 'out', '--use_cpu', 'True')!r}]; "
+        f"sys.argv = ['train.py', *{arguments(mini, tmp_path / 'out', '--use_cpu', 'True', stock=True)!r}]; "
         "i = sys.argv.index('--tune_mm_mlp_adapter'); sys.argv[i + 1] = 'False'; "
         "sys.argv[sys.argv.index('--save_strategy') + 1] = 'steps'; sys.argv += ['--save_steps', '2']; t.train()"
     )

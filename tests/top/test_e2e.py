@@ -218,7 +218,8 @@ def test_projector_goes_into_stock_stage_two_and_stock_loading(mini, tmp_path, r
     first, second = tmp_path / "llava-stage1", tmp_path / "llava-stage2"
     trained(arguments(mini, first, "--use_cpu", "True"), tmp_path / "log")
     # Stage 2 with stock LLaVA: the whole LLM, conversation template v1, starting from our projector.
-    argv = arguments(mini, second, "--use_cpu", "True", "--pretrain_mm_mlp_adapter", str(first / "mm_projector.bin"))
+    more = ("--use_cpu", "True", "--pretrain_mm_mlp_adapter", str(first / "mm_projector.bin"))
+    argv = arguments(mini, second, *more, stock=True)
     argv[argv.index("--tune_mm_mlp_adapter") + 1] = "False"
     argv[argv.index("--version") + 1] = "v1"
     argv[argv.index("--learning_rate") + 1] = "0"  # so that what is saved is what was loaded
