@@ -83,7 +83,7 @@ def child(kind, path, workers):
     began, batches, peak = time.perf_counter(), iter(loader), []
     pids = [os.getpid(), *(w.pid for w in batches._workers)]
     for n, _ in enumerate(batches, 1):
-        if n == len(loader) - 2 * workers:  # while all workers are there
+        if n == max(1, len(loader) - 2 * workers):  # while all workers are there
             peak = [memory(pid) for pid in pids]
     found |= {"epoch_seconds": time.perf_counter() - began, "all_mib": sum(peak) - before}
     print(json.dumps(found))

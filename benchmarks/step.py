@@ -806,9 +806,11 @@ def draw(report, path):
     figure, axes = plt.subplots(
         1, len(parts), figsize=(4.2 * len(parts), 4), squeeze=False, sharey=True, layout="tight"
     )
+    # The axis is shared, and not every panel has all steps.
+    names = [*dict.fromkeys(name for part in sorted(parts, key=lambda p: -len(p["steps"])) for name in part["steps"])]
     for axis, part in zip(axes[0], parts):
         steps = {k: v for k, v in part["steps"].items() if v}
-        stock, at = steps[STOCK], range(len(steps))
+        stock, at = steps[STOCK], [names.index(name) for name in steps]
         timed = "to_stock" in stock
         kinds = {"time": [row["to_stock"][1] for row in steps.values()]} if timed else {}
         for kind, key in (("FLOPs", "flops"), ("peak memory", "peak_bytes")):
@@ -824,8 +826,7 @@ def draw(report, path):
         axis.set_xlabel("to stock LLaVA's step", fontsize=8)
         axis.set_title(part["title"], fontsize=8)
         axis.legend(fontsize=7, loc="lower right")
-    longest = max((part["steps"] for part in parts), key=len)  # the axis is shared, and not every panel has all steps
-    axes[0][0].set_yticks(range(len(longest)), list(longest), fontsize=8)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0][0].invert_yaxis()
     save(figure, path)
 

@@ -379,13 +379,15 @@ def draw(results, arms, path):
         for axis, y in zip(axes, ys):
             label = f"{arm}, {steps} steps" + (f", {len(of)} seeds" if len(of) > 1 else "")
             axis.plot(x, y, label=label, linestyle="", markersize=7 if len(of) > 1 else 5, **look)
-    highest = 1.3 * max(1, *(statistics.mean(p[0] for p in of) for of in points.values()))
+    costs = [statistics.mean(p[0] for p in of) for of in points.values()]
+    limits = 1.3 * min(-1, *costs), 1.3 * max(1, *costs)
     for axis, (_, name) in zip(axes, TRADE):
         axis.axhline(0, color="black", linewidth=0.8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xscale("symlog", linthresh=5)  # what costs much is far from what does not
-        axis.set_xticks([0, 1, 2, 5, 10, 20, 50, 100], [0, 1, 2, 5, 10, 20, 50, 100])
-        axis.set_xlim(-1.5, highest)
+        ticks = [-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100]
+        axis.set_xticks(ticks, ticks)
+        axis.set_xlim(limits)
         axis.set_xlabel("caption loss, % above plain's")
         axis.set_title(f"{name}, less plain's", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
