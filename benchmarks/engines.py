@@ -89,7 +89,7 @@ def run(folder, args, name, steps):
         "disable_tqdm": True,
         **RUNS[name],
     }
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 1, "--master_port", free_port()]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 1, "--master_port", free_port()]
     command = [*launcher, step.ROOT / "scripts/pretrain_hacl.py", *(x for k, v in flags.items() for x in (f"--{k}", v))]
     losses, times, said, memory, over = [], [], [], [0], threading.Event()
     watch = threading.Thread(target=_watch, args=(memory, over))

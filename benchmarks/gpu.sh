@@ -5,8 +5,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3} out=${OUT:-benchmarks/results/gpu}
-shape=${SHAPE:-7b} images=${IMAGES:-8 16 32} visual=${VISUAL:-576} rounds=${ROUNDS:-7} zero=${ZERO:-2 3}
-failed=()
+shape=${SHAPE:-7b} images=${IMAGES:-8 16 32} visual=${VISUAL:-576} rounds=${ROUNDS:-5} zero=${ZERO:-2 3}
+most=${images##* } failed=()
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # else gaps eat what is measured
 mkdir -p "$out"
 
 part() { # name, file that it leaves, command
@@ -23,15 +24,17 @@ part() { # name, file that it leaves, command
 }
 
 sizes=(--shape "$shape" --visual "$visual" --output "$out")
+if [ "$shape" = 7b ]; then part tests tests.xml -m pytest -m gpu --junitxml "$out/tests.xml"; fi
 part parity parity.json benchmarks/step.py --parity "${sizes[@]}"
-for n in $images; do
-    part "step-$n" "step-$n.json" benchmarks/step.py --timed "${sizes[@]}" --images "$n" --rounds "$rounds" --name "$n"
+for n in $images; do # ours without each idea, and the largest batch that fits, once
+    only=() && [ "$n" = "$most" ] || only=(--only A: B: C: P: T:)
+    part "step-$n" "step-$n.json" benchmarks/step.py --timed "${sizes[@]}" --images "$n" --rounds "$rounds" --name "$n" \
+        "${only[@]}"
 done
 for n in $zero; do
-    part "zero-$n" "zero-$n.json" benchmarks/engines.py "${sizes[@]}" --images "${images%% *}" --zero "$n"
+    part "zero-$n" "zero-$n.json" benchmarks/engines.py "${sizes[@]}" --images "$most" --zero "$n"
 done
 if [ "$shape" = 7b ]; then
-    part tests tests.xml -m pytest -m gpu --junitxml "$out/tests.xml"
     # a real, small LLM; goes on where it was
     part study study-smollm2.json benchmarks/study.py --results "$out" --steps 240 --seeds 0 1 2 3 4 --arms plain eos late
 fi

@@ -401,17 +401,20 @@ def count(step, model, batch):
 
 
 def measure_time(steps, model, batch, rounds, device):
-    """``{name: [seconds of each round]}``, all steps in each round, in an order drawn anew."""
+    """``{name: [seconds of each round]}``, all steps in each round, in an order drawn anew; without what finds the
+    memory too full after others."""
     rng, times = random.Random(SEED), {name: [] for name in steps}
-    for name in steps:  # once without a clock
-        train(steps[name], model, batch)
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for name in rng.sample(list(steps), len(steps)):
+    for number in tqdm(range(rounds + 1), desc="rounds"):  # the first without a clock
+        for name in rng.sample(list(times), len(times)):
             _wait(device)
             began = time.perf_counter()
-            train(steps[name], model, batch)
+            try:
+                train(steps[name], model, batch)
+            except torch.OutOfMemoryError:
+                del times[name]
+                continue
             _wait(device)
-            times[name].append(time.perf_counter() - began)
+            times[name] += [time.perf_counter() - began] if number else []
     return times
 
 
@@ -470,8 +473,11 @@ def time_all(args, steps, checkpointing):
     model = make_model(args.shape, args.device, dtype, checkpointing)
     batch = make_batch(args.shape, args.device, dtype, args.images, args.captions, args.mean)
     losses, found = {}, {}
-    if args.device == "cuda" and checkpointing and (few := fewest_on_device(args, model, batch)) is not None:
-        steps = steps | {f"C, {few} of {SHAPES[args.shape][0][2]} layers recomputed": recomputing(our_step, few)}
+    for limit in limits() if args.device == "cuda" and checkpointing else ():
+        few = fewest_on_device(args, model, batch, limit)
+        if few is not None:
+            name = f"C, {few} of {SHAPES[args.shape][0][2]} layers recomputed, as fits {limit / 2**30:.0f} GiB"
+            steps = steps | {name: recomputing(our_step, few)}
     for name, step in steps.items():
         try:
             losses[name] = float(step(model, batch).detach())
@@ -487,8 +493,9 @@ def time_all(args, steps, checkpointing):
     for name, loss in losses.items():
         if name.startswith("C") and abs(loss - ours) > (1e-4 if dtype == torch.float32 else 0.05):
             raise SystemExit(f"{name} has the loss {loss}, C has {ours}: it is another step.")
-    fits = {name: steps[name] for name in steps if found[name]}
-    times = measure_time(fits, model, batch, args.rounds, args.device)
+    fitting = {name: steps[name] for name in steps if found[name]}
+    times = measure_time(fitting, model, batch, args.rounds, args.device)
+    found |= dict.fromkeys(fitting.keys() - times.keys())
     for name, seconds in times.items():
         found[name]["seconds"] = [round(s, 4) for s in seconds]
         if STOCK in times:
@@ -515,18 +522,42 @@ def peak_memory(step, model, batch, device):
     return peak.peak
 
 
-def fewest_on_device(args, model, batch):
-    """The fewest layers to recompute, to an eighth of them, with which C fits on the GPU; None: not even with all."""
+def limits():
+    """Bytes that a GPU has: this one, and the commonest card where this one has more."""
+    total = torch.cuda.mem_get_info()[1]
+    return sorted({min(CARDS[0] * 2**30, total), total})
+
+
+@contextlib.contextmanager
+def limited(limit):
+    """Inside, PyTorch takes no more of the GPU than ``limit`` bytes, all but `RESERVE`, as ``auto`` does."""
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (1 - RESERVE) * limit / total))
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def fits(step, model, batch):
+    try:
+        train(step, model, batch)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def fewest_on_device(args, model, batch, limit):
+    """The fewest layers to recompute, to an eighth of them, with which C fits in so much; None: not even with all."""
     layers = SHAPES[args.shape][0][2]
-    for count in range(0, layers + 1, max(layers // 8, 1)):
-        try:
-            train(recomputing(our_step, count), model, batch)
-            return count
-        except torch.OutOfMemoryError:
-            model.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-    return None
+    counts = range(0, layers + 1, max(layers // 8, 1))
+    with limited(limit):
+        return next((n for n in counts if fits(recomputing(our_step, n), model, batch)), None)
 
 
 def parity(args):
@@ -556,30 +587,28 @@ def parity(args):
     }
 
 
-def largest_batch(args, steps, checkpointing):
-    """Images a batch that fit on the GPU, to a multiple of four."""
+def largest_batch(args, steps, known, checkpointing):
+    """Images a batch that fit the smaller of `limits`, to a multiple of eight. ``known``: peaks with args.images."""
+    gc.collect()
+    torch.cuda.empty_cache()
     model = make_model(args.shape, args.device, torch.bfloat16, checkpointing)
-
-    def fits(step, images):
-        try:
-            train(step, model, make_batch(args.shape, args.device, torch.bfloat16, images, args.captions, args.mean))
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            model.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-
-    found = {}
+    limit = limits()[0]
+    room, found = (1 - RESERVE) * limit - torch.cuda.memory_allocated(), {}
     for name, step in steps.items():
-        low, high = 0, 4
-        while fits(step, high):
-            low, high = high, 2 * high
-        while high - low > 4:
-            middle = (low + high) // 8 * 4
-            low, high = (middle, high) if fits(step, middle) else (low, middle)
-        found[name] = low
+        if known[name] is None:
+            continue
+
+        def good(images, step=step):
+            batch = make_batch(args.shape, args.device, torch.bfloat16, images, args.captions, args.mean)
+            with limited(limit):
+                return fits(step, model, batch)
+
+        images = int(room / known[name]["peak_bytes"] * args.images) // 8 * 8  # memory grows with the images
+        while images > 0 and not good(images):
+            images -= 8
+        while good(images + 8):
+            images += 8
+        found[name] = images
     return found
 
 
@@ -787,7 +816,9 @@ def markdown(report):
     for part in report["parts"]:
         lines += [f"## {part['title']}", "", part["note"], "", rows_of(part["steps"]), ""]
         if part.get("largest"):
-            lines += ["Largest batch that fits: " + ", ".join(f"{k} {v}" for k, v in part["largest"].items()) + ".", ""]
+            found = ", ".join(f"{k} {v}" for k, v in part["largest"].items())
+            room = f"{1 - RESERVE:.0%} of {part['largest_in_gib']} GiB"
+            lines += [f"Largest batch that fits, to a multiple of eight, in {room}: {found}.", ""]
     if report["sweep"]:
         note = "With gradient checkpointing; of B and C, to stock LLaVA's step."
         rows = []
@@ -829,6 +860,12 @@ def draw(report, path):
     axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0][0].invert_yaxis()
     save(figure, path)
+
+
+def part_of(steps, device, checkpointing):
+    """Those that are timed; on a GPU, whose time is dear, ours without each idea with checkpointing alone."""
+    kept = device != "cuda" or checkpointing
+    return {name: step for name, step in steps.items() if kept or "without:" not in name}
 
 
 STOCK, RELEASED, OURS = "A: stock LLaVA", "B: HACL as released", "C: HACL here"
@@ -889,11 +926,12 @@ def main():
             "title": f"{args.shape}, {words} gradient checkpointing, timed",
             "note": f"{args.images} images of {VISUAL} visual tokens, {args.captions} hallucinated captions each, "
             f"captions of {args.mean} tokens on average; {args.rounds} rounds.",
-            "steps": time_all(args, timed, checkpointing),
+            "steps": time_all(args, part_of(timed, args.device, checkpointing), checkpointing),
         }
-        if args.device == "cuda" and checkpointing:
+        if args.device == "cuda" and checkpointing and not args.only:
             chosen = {name: STEPS[name] for name in (STOCK, RELEASED, OURS)}
-            part["largest"] = largest_batch(args, chosen, checkpointing)
+            part["largest"] = largest_batch(args, chosen, part["steps"], checkpointing)
+            part["largest_in_gib"] = round(limits()[0] / 2**30)
         report["parts"].append(part)
     args.shape, args.images = args.count, 32
     for checkpointing in () if args.timed else (True, False):

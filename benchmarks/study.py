@@ -179,7 +179,7 @@ def finetune(folder, numbers, of, stage1, output, seed):
     }
     command = [sys.executable]
     if numbers["bf16"]:  # DeepSpeed keeps float32 copies of what is trained in bfloat16
-        command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "1", "--master_port", free_port()]
+        command += ["-m", "deepspeed.launcher.runner", "--num_gpus", 1, "--master_port", free_port()]
         flags["deepspeed"] = ROOT / "zero_configs/zero2.json"
     start([*command, ROOT / "scripts/finetune_hacl.py"], folder, numbers, of, output, seed, flags)
 
@@ -220,7 +220,7 @@ def measure(folder, size, of, output, settings):
     from hacl_llava.evaluation import measures, representations
     from hacl_llava.evaluation.captions import embeds_of, greedy, likelihoods
 
-    loaded = load_pretrained(output, folder / "llm", device="cpu", dtype=DTYPES[SIZES[size]["bf16"]])
+    loaded = load_pretrained(output, folder / "llm", dtype=DTYPES[SIZES[size]["bf16"]])
     items, _, _ = representations.sample_records(of / "heldout.json", SIZES[size]["held_out"], 0)
     config = HaclConfig(**(settings or CENTRED[size]))  # plain: as the arms without heads look at it
     found = representations.extract(loaded, items, of / "images", config)
@@ -265,7 +265,7 @@ def answers(size, of, output):
     from hacl_llava.checkpoints.prompts import prompt_ids
     from hacl_llava.common.images import Images
 
-    tokenizer, model, processor, _ = load_pretrained(output, device="cpu", dtype=DTYPES[SIZES[size]["bf16"]])
+    tokenizer, model, processor, _ = load_pretrained(output, dtype=DTYPES[SIZES[size]["bf16"]])
     template, yes, no = conv_templates[SIZES[size]["version"]], *(tokenizer(x).input_ids[-1] for x in ("Yes", "No"))
     rows = {split: list(jsonl.read(of / f"test/mini_pope_{split}.json")) for split in world.SPLITS}
     asked = {}
@@ -273,9 +273,9 @@ def answers(size, of, output):
         asked.setdefault(row["image"], {})[row["text"]] = None
     for image, questions in asked.items():
         pixels, size, _ = Images(of / "test/images", [image], processor, model.config)[0]
-        pixels = torch.from_numpy(pixels).to(model.dtype)[None]
+        pixels = torch.from_numpy(pixels).to(model.device, model.dtype)[None]
         for text in questions:
-            ids = prompt_ids([(f"{text}{world.SHORT}", None)], template, tokenizer, model.config)
+            ids = prompt_ids([(f"{text}{world.SHORT}", None)], template, tokenizer, model.config).to(model.device)
             with torch.inference_mode():
                 logits = model(ids, images=pixels, image_sizes=[size], use_cache=False).logits[0, -1].float()
             questions[text] = (logits[yes] - logits[no]).item()
@@ -291,10 +291,11 @@ def answers(size, of, output):
     records = json.loads((of / "heldout.json").read_text())
     ids, said = prompt_ids([("Please describe this image in detail.", None)], template, tokenizer, model.config), []
     end = tokenizer(template.sep2 or template.sep, add_special_tokens=False).input_ids[-1]
+    ids = ids.to(model.device)
     images = Images(of / "images", [record["image"] for record in records], processor, model.config)
     for start in range(0, len(records), 20):
         pixels, sizes, _ = zip(*(images[n] for n in range(start, min(start + 20, len(records)))))
-        pixels = torch.stack([torch.from_numpy(x) for x in pixels]).to(model.dtype)
+        pixels = torch.stack([torch.from_numpy(x) for x in pixels]).to(model.device, model.dtype)
         with torch.inference_mode():  # all prompts are of one length
             new = model.generate(
                 ids.expand(len(pixels), -1), images=pixels, image_sizes=list(sizes), do_sample=False,

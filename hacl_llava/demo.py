@@ -137,7 +137,7 @@ def _make_data(output, options):
 
 
 def _command(output, options, arm):
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", options.processes]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", options.processes]
     flags = {
         "deepspeed": ROOT / "zero_configs/zero2.json",
         "model_name_or_path": output / "llm",

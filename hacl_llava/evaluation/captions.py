@@ -21,8 +21,9 @@ def embeds_of(extractor: Extractor, folder: Path, items: Sequence[Item], batch_s
     for start in range(0, len(items), batch_size):
         part = range(start, min(start + batch_size, len(items)))
         pixels, sizes, _ = zip(*(images[n] for n in part))
-        pixels = torch.stack([torch.from_numpy(x) for x in pixels]).to(model.dtype)
-        ids = torch.tensor([extractor.visual_ids[: -len(extractor.suffix)]]).expand(len(part), -1)
+        pixels = torch.stack([torch.from_numpy(x) for x in pixels]).to(extractor.device, model.dtype)
+        ids = torch.tensor([extractor.visual_ids[: -len(extractor.suffix)]], device=extractor.device)
+        ids = ids.expand(len(part), -1)
         held = torch.ones_like(ids, dtype=torch.bool)
         found.append(model.prepare_inputs_labels_for_multimodal(ids, None, held, None, None, pixels, list(sizes))[4])
     return torch.cat(found)
@@ -52,16 +53,16 @@ def likelihoods(
     """log p(text | image), without ``before`` log p(text), of each item's texts in nats; and their tokens."""
     model, tokenizer = extractor.model, extractor.tokenizer
     scores, counts = [], []
-    bos = model.get_model().embed_tokens(torch.tensor([[tokenizer.bos_token_id]]))
+    bos = model.get_model().embed_tokens(torch.tensor([[tokenizer.bos_token_id]], device=extractor.device))
     for n, of_item in enumerate(texts):
         ids = [tokenizer(f"{text}\n", add_special_tokens=False).input_ids for text in of_item]
         first = bos if before is None else before[n : n + 1]
         longest = max(map(len, ids))
-        rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        rows = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=extractor.device)
         embeds = torch.cat([first.expand(len(ids), -1, -1), model.get_model().embed_tokens(rows)], dim=1)
         states = model.get_model()(inputs_embeds=embeds, use_cache=False, return_dict=True)[0]
         logits = model.lm_head(states[:, first.shape[1] - 1 : -1]).float()
-        gains = logits.log_softmax(-1).gather(-1, rows[..., None])[..., 0]
+        gains = logits.log_softmax(-1).gather(-1, rows[..., None])[..., 0].cpu()
         scores.append([gains[i, : len(row)].sum().item() for i, row in enumerate(ids)])
         counts.append([len(row) for row in ids])
     return scores, counts

@@ -48,3 +48,26 @@ def test_a_run_in_bfloat16(monkeypatch, capsys, mini, tmp_path, train_module, de
         assert "HACL checkpointing: auto on cpu" in said
     else:
         assert "HACL checkpointing: 0 of 2 layers are computed again" in said  # there is room for all
+
+
+@on_both
+def test_what_is_measured(mini, device):
+    """Of images and captions; a CPU's figures."""
+    from hacl_llava.evaluation.captions import embeds_of, greedy, likelihoods
+    from hacl_llava.evaluation.representations import Extractor, sample_records
+
+    items, _, _ = sample_records(mini.data, 4, 0)
+    texts = [[item.caption, *item.hallucinated] for item in items]
+
+    def measured(device):
+        model, tokenizer = load(mini)
+        extractor = Extractor((tokenizer, model.to(device), model.get_vision_tower().image_processor, 512))
+        before = embeds_of(extractor, mini.images, items)
+        states, _, _ = extractor.images(mini.images, [item.image for item in items])
+        words = extractor.texts([text for row in texts for text in row])
+        scores, tokens = likelihoods(extractor, texts, before)
+        blind, _ = likelihoods(extractor, texts)
+        return states, words, torch.tensor(sum(scores + blind, [])), tokens, len(greedy(extractor, before))
+
+    want, got = measured("cpu"), measured(device)
+    assert all(relative(a, b) < 1e-3 for a, b in zip(got[:3], want)) and got[3:] == want[3:]
