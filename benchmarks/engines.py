@@ -1,14 +1,15 @@
 """Steps of stage 1 as users run them: DeepSpeed, scripts/pretrain_hacl.py, an LLM of a 7B's shape with random weights.
 
-    python benchmarks/engines.py --shape 7b --zero 2      on a GPU: plain, HACL, and HACL with fewer layers recomputed
+    python benchmarks/engines.py                          on a GPU: plain, HACL, and HACL with fewer layers recomputed
     python benchmarks/engines.py --shape tiny --zero 2    on a CPU: shows that it runs
 
 Seconds of a step are the times between the lines of the log; losses are of random weights, and only have to be finite.
-Writes OUTPUT/zero-N.json.
+Writes OUTPUT/engines.json; after each run engines.part.json, from which the same command goes on.
 """
 
 import argparse
 import ast
+import json
 import math
 import statistics
 import subprocess
@@ -60,10 +61,10 @@ def make(folder, shape, images, visual):
     world.make_dataset(folder, images)
 
 
-def run(folder, args, name, steps):
+def run(folder, args, zero, name):
     """Losses, seconds between the lines of the log, and the most memory of the GPU that was taken."""
     flags = {
-        "deepspeed": step.ROOT / f"zero_configs/zero{args.zero}.json",
+        "deepspeed": step.ROOT / f"zero_configs/zero{zero}.json",
         "model_name_or_path": folder / "llm",
         "version": "plain",
         "data_path": folder / "train.json",
@@ -76,7 +77,7 @@ def run(folder, args, name, steps):
         "mm_use_im_patch_token": False,
         "bf16": True,
         "output_dir": folder / name.replace(" ", "-").replace(",", ""),
-        "max_steps": steps,
+        "max_steps": args.steps,
         "per_device_train_batch_size": args.images,
         "gradient_checkpointing": True,
         "learning_rate": 1e-3,
@@ -104,7 +105,7 @@ def run(folder, args, name, steps):
                 losses.append(float(ast.literal_eval(line.strip())["loss"]))
     over.set()
     watch.join()
-    if process.returncode or len(losses) != steps or not all(map(math.isfinite, losses)):
+    if process.returncode or len(losses) != args.steps or not all(map(math.isfinite, losses)):
         end = "".join(said[-30:])
         raise SystemExit(f"{name} ended with status {process.returncode} and the losses {losses}:\n{end}")
     found = {"losses": losses, "seconds": [round(b - a, 3) for a, b in zip(times[1:], times[2:])]}
@@ -123,7 +124,7 @@ def _watch(memory, over):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=step.SHAPES, default="7b", help="(default: %(default)s)")
-    parser.add_argument("--zero", choices=("2", "3"), default="2", help="ZeRO's stage (default: %(default)s)")
+    parser.add_argument("--zero", nargs="+", choices=("2", "3"), default=["2", "3"], help="stages (default: both)")
     parser.add_argument("--images", type=int, default=16, help="of a batch (default: %(default)s)")
     parser.add_argument("--visual", type=int, default=step.VISUAL, help="tokens of an image, a square")
     parser.add_argument("--steps", type=int, default=8, help="(default: %(default)s)")
@@ -131,17 +132,25 @@ def main():
     parser.add_argument("--output", type=Path, default=step.ROOT / "benchmarks/results/gpu", metavar="DIR")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    report = {"shape": args.shape, "images": args.images, "visual": args.visual, "zero": args.zero, "runs": {}}
-    report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {"device": device, "shape": args.shape, "images": args.images, "visual": args.visual}
+    file, whole = args.output / "engines.part.json", args.output / "engines.json"
+    report = json.loads(file.read_text()) if file.exists() else about | {"runs": {}}
+    if {k: report[k] for k in about} != about:
+        raise SystemExit(f"{file} is of another device or size; give another --output.")
+    wanted = [(zero, name) for zero in args.zero for name in RUNS if name not in report["runs"].get(f"ZeRO-{zero}", {})]
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), args.shape, max(2 * args.images, 64), args.visual)
-        for name in RUNS:
-            report["runs"][name] = found = run(Path(folder), args, name, args.steps)
-            print(name, found, flush=True)
-    plain = statistics.median(report["runs"]["plain"]["seconds"])
-    for found in report["runs"].values():
-        found["to_plain"] = round(statistics.median(found["seconds"]) / plain, 3)
-    write_json(args.output / f"zero-{args.zero}.json", report | {"provenance": provenance(0)})
+        # One epoch: a new one starts its workers anew, which is no cost of a step.
+        make(Path(folder), args.shape, max(args.images * args.steps, 64), args.visual)
+        for zero, name in wanted:
+            of_zero = report["runs"].setdefault(f"ZeRO-{zero}", {})
+            of_zero[name] = found = run(Path(folder), args, zero, name)
+            found["to_plain"] = round(
+                statistics.median(found["seconds"]) / statistics.median(of_zero["plain"]["seconds"]), 3
+            )
+            write_json(file, report | {"provenance": provenance(0)})
+            print(f"ZeRO-{zero}", name, found, flush=True)
+    file.rename(whole)
 
 
 if __name__ == "__main__":

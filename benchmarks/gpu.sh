@@ -31,9 +31,8 @@ for n in $images; do # ours without each idea, and the largest batch that fits, 
     part "step-$n" "step-$n.json" benchmarks/step.py --timed "${sizes[@]}" --images "$n" --rounds "$rounds" --name "$n" \
         "${only[@]}"
 done
-for n in $zero; do
-    part "zero-$n" "zero-$n.json" benchmarks/engines.py "${sizes[@]}" --images "$most" --zero "$n"
-done
+# shellcheck disable=SC2086
+part engines engines.json benchmarks/engines.py "${sizes[@]}" --images "$most" --zero $zero
 if [ "$shape" = 7b ]; then
     # a real, small LLM; goes on where it was
     part study study-smollm2.json benchmarks/study.py --results "$out" --steps 240 --seeds 0 1 2 3 4 --arms plain eos late

@@ -131,7 +131,7 @@ def test_what_a_gpu_is_measured_with(tmp_path):
     assert apart["bfloat16, shared against separate"] < 2 * apart["bfloat16 against float32, separate"]
     (_, without) = json.loads((tmp_path / "step-2.json").read_text())["parts"]
     assert all(row["to_stock"] for row in without["steps"].values())
-    runs = json.loads((tmp_path / "zero-2.json").read_text())["runs"]
+    runs = json.loads((tmp_path / "engines.json").read_text())["runs"]["ZeRO-2"]
     assert set(runs) == {"plain", "hacl", "hacl, few layers recomputed"} and all(r["seconds"] for r in runs.values())
     assert run().stdout.count("there already") == 3
 
