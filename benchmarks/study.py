@@ -51,6 +51,10 @@ PROMPT = BARE | {"representation": "prompt"}
 CENTRED = {"smollm2": PROMPT | {"centre": True}, "miniature": BARE}
 
 
+# Arms whose hallucinated captions are made by `hacl-llava hallucinate`, and its --choose.
+CHOSEN = {"late, rules, random": "random", "late, rules, blind": "blind"}
+
+
 def arms_of(size):
     """{arm: its settings; None without HACL}."""
     centred = CENTRED[size]
@@ -80,6 +84,7 @@ def arms_of(size):
     if size == "miniature":
         del arms["prompt"]
         arms |= {"late, K = 4": late | {"num_hallucinated": 4}}
+        arms |= dict.fromkeys(CHOSEN, late)
     return arms
 
 
@@ -90,6 +95,7 @@ FIGURES = {
         ("r1_i2t", "R@1 image to text", 3),
         ("r1_t2i", "R@1 text to image", 3),
         ("closer", "closer to true", 3),
+        *((f"closer_{kind}", f"closer: {kind}", 3) for kind in world.KINDS),
         ("prefers", "LM prefers true", 3),
         ("margin", "margin, nats", 2),
         ("looks", "prefers, blind part out", 3),
@@ -148,11 +154,20 @@ def add_bos(file):
     tokenizer.save(str(file))
 
 
-def train(folder, numbers, of, output, settings, steps, seed):
-    """Stage 1, with HACL's ``settings`` or None."""
+def rewritten(of, choice):
+    """The training data of a seed with hallucinated captions by rules."""
+    if not (file := of / f"train-{choice}.json").exists():
+        command = [sys.executable, "-m", "hacl_llava.cli", "hallucinate", of / "train.json", file, "--replace"]
+        command += ["--choose", choice, "--per-caption", 2, "--workers", 1]
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return file
+
+
+def train(folder, numbers, of, data, output, settings, steps, seed):
+    """Stage 1 on ``data``, with HACL's ``settings`` or None."""
     flags = {
         "version": "plain",
-        "data_path": of / "train.json",
+        "data_path": data,
         "tune_mm_mlp_adapter": True,
         "max_steps": steps,
         "learning_rate": numbers["learning_rate"],
@@ -314,7 +329,8 @@ def one(folder, size, stage, arm, steps, seed):
     """A run and its figures, in a process of its own; a line of results-STAGE.jsonl."""
     of, output, began = make(folder, size, seed), place(folder, arm, steps, seed), time.time()
     if stage == 1:
-        train(folder, SIZES[size], of, output, arms_of(size)[arm], steps, seed)
+        data = rewritten(of, CHOSEN[arm]) if arm in CHOSEN else of / "train.json"
+        train(folder, SIZES[size], of, data, output, arms_of(size)[arm], steps, seed)
     else:
         finetune(folder, SIZES[size], of, output, Path(f"{output}-stage2"), seed)
     seconds = round(time.time() - began)
@@ -398,7 +414,7 @@ def draw(results, arms, path):
 def differences(results, arms, figures):
     """Rows of an arm less another, with two seeds or more of both: less plain, and hallucinated captions less none."""
     found = {(r["arm"], r["steps"], r["seed"]): r for r in results}
-    pairs = [(arm, "plain") for arm in list(arms)[1:]] + [(arm, f"{arm}, K = 0") for arm in arms]
+    pairs = [(arm, "plain") for arm in list(arms)[1:]] + [(arm, f"{arm}, K = 0") for arm in arms] + [[*CHOSEN][::-1]]
     for steps in sorted({r["steps"] for r in results}):
         for arm, other in pairs:
             both = [
@@ -465,6 +481,7 @@ def main():
     found = {}
     for stage, file in files.items():
         known = [r for r in jsonl.read(file) if r["arm"] in order]
+        known = [r | {f"closer_{k}": v for k, v in r.get("closer_by_kind", {}).items()} for r in known]
         found[stage] = sorted(known, key=lambda r: (r["steps"], order.index(r["arm"]), r["seed"]))
     write(args.results, size, found)
 

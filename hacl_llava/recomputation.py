@@ -2,7 +2,9 @@
 
 A layer that is computed again keeps its input alone; one that is not keeps what its backward pass needs, some fifteen
 times as much, and saves a forward pass. The result is the same. The first N layers are the ones computed again: the
-backward pass comes to them last, when what the others kept is free.
+backward pass comes to them last, when what the others kept is free. Where memory is short, the others are "lean": of
+``down(act(gate) * up)`` they keep gate and up, and compute act(gate) again. That takes no matrix product, and is a
+sixth of what a layer with frozen weights keeps.
 """
 
 import contextlib
@@ -13,13 +15,51 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .common.weights import first_line
 from .compat import recompute_layers
 from .config import HaclError, on_first_rank
 
 RESERVE = 0.1  # of the memory at hand, which ``auto`` leaves: the allocator's gaps, and what is not measured
+
+
+def recompute(llm: Any, count: int, lean: bool | None = None) -> None:
+    """Let gradient checkpointing, which is on, compute the first ``count`` decoder layers again, and no others.
+
+    It holds for forward passes from now on, until gradient checkpointing is switched on anew.
+
+    Args:
+        llm: with its decoder ``layers``, as LLaVA's ``get_model()`` gives it.
+        lean: whether the others are lean; None: if some layers are computed again. Those whose MLP is not
+            transformers' own stay as they are.
+    """
+    recompute_layers(llm, count)
+    lean = 0 < count < len(llm.layers) if lean is None else lean
+    for i, layer in enumerate(llm.layers):
+        _set_lean(layer.mlp, lean and i >= count)
+
+
+def _set_lean(mlp, on):
+    if hasattr(vars(mlp).get("forward"), "_hacl_lean"):
+        del mlp.forward
+    stock = type(mlp).forward is LlamaMLP.forward and "forward" not in vars(mlp)
+    if not on or not stock or getattr(mlp.config, "pretraining_tp", 1) > 1:
+        return
+
+    def product(gate, up):
+        return mlp.act_fn(gate) * up
+
+    def forward(x):
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        if torch.is_grad_enabled() and gate.requires_grad:
+            return mlp.down_proj(checkpoint(product, gate, up, use_reentrant=False, preserve_rng_state=False))
+        return mlp.down_proj(product(gate, up))
+
+    forward._hacl_lean = True
+    mlp.forward = forward
 
 
 class Memory(NamedTuple):
@@ -51,17 +91,21 @@ class KeptBytes:
     Measured from the tensors that autograd saves while this is attached, on any device; the values stay as they are.
 
     Attributes:
-        most: of any micro-batch so far, all its passes together.
+        most: of any micro-batch so far, all its passes together. spared: of these, what a lean layer would not keep.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.most, self._total, self._inside = 0, 0, None
+        self.most = self.spared = 0
+        self._total, self._activations, self._inside = 0, 0, None
         before = module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._hooks = [before, module.register_forward_hook(self._end, always_call=True)]
+        activation = getattr(getattr(module, "mlp", None), "act_fn", None)
+        if activation is not None:
+            self._hooks.append(activation.register_forward_hook(self._of_activation))
 
     def next(self) -> None:
         """Another micro-batch begins."""
-        self._total = 0
+        self._total = self._activations = 0
 
     def remove(self) -> None:
         """Measure no more."""
@@ -85,6 +129,11 @@ class KeptBytes:
         self._inside = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         self._inside.__enter__()
 
+    def _of_activation(self, module, args, out):
+        if out.requires_grad and self._inside is not None:
+            self._activations += out.untyped_storage().nbytes()
+            self.spared = max(self.spared, self._activations)
+
     def _end(self, *_):
         if self._inside is not None:
             self._inside.__exit__(None, None, None)
@@ -96,23 +145,31 @@ def _storage(tensor):
 
 
 class Measured(NamedTuple):
-    """A first step. Bytes: before and after it (with the optimizer's state), at its peak, at hand, kept by a layer."""
+    """A first step. Bytes: before and after it (with the optimizer's state), at its peak, at hand, kept by a layer, and
+    of these those that a lean layer spares."""
 
     before: int
     after: int
     peak: int
     limit: int
     kept: int
+    spared: int
     tokens: int  # of its largest micro-batch, rows times columns of the first pass through the LLM
 
-    def needed(self, tokens: int, layers: int) -> int:
-        """How many of ``layers`` have to be computed again for a micro-batch of ``tokens``."""
+    def needed(self, tokens: int, layers: int) -> tuple[int, bool]:
+        """How many of ``layers`` have to be computed again for a micro-batch of ``tokens``, and whether the others are
+        lean: where all can keep all that they would, they do."""
         scale = tokens / self.tokens
         room = (1 - RESERVE) * self.limit - self.after - (self.peak - self.before) * scale
         if room < 0:
-            return layers
-        # One layer was kept when the peak was measured.
-        return max(layers - 1 - int(room // max(self.kept * scale, 1)), 0)
+            return layers, False
+
+        def count(kept):  # one layer was kept when the peak was measured
+            return max(layers - 1 - int(room // max(kept * scale, 1)), 0)
+
+        if not count(self.kept) or not self.spared:
+            return count(self.kept), False
+        return count(self.kept - self.spared), True
 
 
 class Recomputation:
@@ -136,6 +193,7 @@ class Recomputation:
         self.model = getattr(model, "get_base_model", lambda: model)()
         self.setting, self.device, self.alone = setting, device, alone
         self.count: int | None = None  # of the first layers; None: as the Trainer has set it, all
+        self.lean: bool | None = None  # whether the others are; None: as `recompute` has it
         self.measured: Measured | None = None  # once the first step is over
         self._kept: KeptBytes | None = None  # in the first step
         self._before = self._first_step = 0
@@ -196,16 +254,16 @@ class Recomputation:
     def of_all(self) -> Iterator[None]:
         """Inside, all layers are computed again."""
         if self.count is not None:
-            recompute_layers(self._llm, len(self._llm.layers))
+            recompute(self._llm, len(self._llm.layers))
         try:
             yield
         finally:
             if self.count is not None:
-                recompute_layers(self._llm, self.count)
+                recompute(self._llm, self.count, self.lean)
 
-    def _set(self, count):
-        self.count = count
-        recompute_layers(self._llm, count)
+    def _set(self, count, lean=None):
+        self.count, self.lean = count, lean
+        recompute(self._llm, count, lean)
 
     def _keep(self):
         """What a micro-batch changes; returns a function that puts it back."""
@@ -244,11 +302,11 @@ class Recomputation:
         self._before, self._first_step = found.now, number
         self._kept = KeptBytes(self._llm.layers[-1])
         self._hook = self._llm.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        self._set(len(self._llm.layers) - 1)
+        self._set(len(self._llm.layers) - 1, lean=False)
 
     def _measure(self):
         now, peak, limit = memory(self.device)
-        self.measured = Measured(self._before, now, peak, limit, self._kept.most, self._tokens)
+        self.measured = Measured(self._before, now, peak, limit, self._kept.most, self._kept.spared, self._tokens)
         self._kept.remove()
         self._kept = None
 
@@ -273,22 +331,23 @@ class Recomputation:
         if self._tokens == self._planned and not together:
             return
         layers = len(self._llm.layers)
-        needed = self.measured.needed(self._tokens, layers)
+        plan = self.measured.needed(self._tokens, layers)
         if together:
-            most = torch.tensor(needed, device=device)
+            most = torch.tensor(plan, dtype=torch.long, device=device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            needed = int(most)
+            plan = int(most[0]), bool(most[1])
         first, self._planned = not self._planned, self._tokens
-        if (first or needed != self.count) and on_first_rank():
-            found = self.measured
+        if (first or plan != (self.count, self.lean)) and on_first_rank():
+            found, (needed, lean) = self.measured, plan
             print(
-                f"HACL checkpointing: {needed} of {layers} layers are computed again: for the {self._tokens:,} tokens "
+                f"HACL checkpointing: {needed} of {layers} layers are computed again"
+                f"{', and the activation in the MLP of the others' if lean else ''}: for the {self._tokens:,} tokens "
                 f"of the largest batch so far; in the first step a layer kept {_gib(found.kept)} for "
                 f"{found.tokens:,}, and the peak was {_gib(found.peak)}, of {_gib(found.limit)} at hand.",
                 flush=True,
             )
-        if needed != self.count:
-            self._set(needed)
+        if plan != (self.count, self.lean):
+            self._set(*plan)
 
 
 def _gib(count):

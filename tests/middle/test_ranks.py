@@ -20,9 +20,9 @@ from test_e2e import log_of
 from workers import ROOT, Run, run_ranks, trained
 
 from hacl_llava import fused
-from hacl_llava.compat import recompute_layers
 from hacl_llava.demo import free_port
 from hacl_llava.nonfinite import NonFiniteGuard
+from hacl_llava.recomputation import recompute
 
 pytestmark = pytest.mark.distributed
 NAN = float("nan")
@@ -129,7 +129,7 @@ def engine_worker(rank, world, paths, rows, folder):
         if fewer:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-            recompute_layers(model.get_model(), 1)
+            recompute(model.get_model(), 1)
         step = ddp_engine(model) if engine == "ddp" else deepspeed_engine(model, engine)
         grads, order = {}, {}
         for key, batches in per_step.items():

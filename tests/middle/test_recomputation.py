@@ -12,9 +12,8 @@ from transformers import Trainer
 from workers import ROOT, run_ranks
 
 from hacl_llava import recomputation
-from hacl_llava.compat import recompute_layers
 from hacl_llava.config import HaclError, RunSettings
-from hacl_llava.recomputation import KeptBytes, Memory, Recomputation
+from hacl_llava.recomputation import KeptBytes, Memory, Recomputation, recompute
 
 LAYERS = 2  # of the miniature
 CPU = torch.device("cpu")
@@ -64,9 +63,9 @@ def test_gradients_are_those_of_all_and_of_no_checkpointing(mini, float64, reent
     checkpointed(model, reentrant)
     # Passes with a graph: generation, e_v where it has its own, and texts only where the LLM trains.
     passes = (1 if fused else 2) + (0 if frozen else 1)
-    for count in (None, 0, 1, 2, 1):
+    for count, *lean in ((None,), (0,), (1,), (0, True), (2,), (1, False)):
         if count is not None:
-            recompute_layers(model.get_model(), count)
+            recompute(model.get_model(), count, *lean)
         got, runs = train(model, batch)
         again = LAYERS if count is None else count
         assert runs == [n + (passes if i < again else 0) for i, n in enumerate(plain)]
@@ -82,20 +81,22 @@ def test_kept_bytes_are_what_peak_memory_grows_by(mini):
     model(**batch)
     checkpointed(model)
     kept = KeptBytes(model.get_model().layers[-1])
-    recompute_layers(model.get_model(), 1)
+    recompute(model.get_model(), 1, lean=False)
     without, _ = train(load(mini)[0], batch)
     got, _ = train(model, batch)
     kept.remove()
     assert all(torch.equal(got[n], g) for n, g in without.items())  # measuring changes nothing
     peaks = []
-    for count in (1, 0):
-        recompute_layers(model.get_model(), count)
+    for count, lean in ((1, False), (0, False), (1, True), (0, True)):
+        recompute(model.get_model(), count, lean)
         train(model, batch)
         model.zero_grad(set_to_none=True)
         with peak_of([*model.parameters(), *model.buffers()]) as peak:
             model(**batch).loss.backward()
         peaks.append(peak.peak)
     assert kept.most == pytest.approx(peaks[1] - peaks[0], rel=0.03)
+    assert kept.most - kept.spared == pytest.approx(peaks[3] - peaks[2], rel=0.03)
+    assert kept.spared > 0.1 * kept.most
 
 
 def on_a_device(monkeypatch, *found):
@@ -108,14 +109,17 @@ def said_of(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("HACL checkpointing: ")]
 
 
-@pytest.mark.parametrize("room, count", [(-1, 2), (0.01, 1), (0.99, 1), (1.01, 0), (9, 0)])
-def test_auto_leaves_a_tenth(mini, monkeypatch, capsys, room, count):
+@pytest.mark.parametrize(
+    "room, count, lean",
+    [(-1, 2, False), (0.01, 1, True), (0.7, 1, True), (0.99, 0, True), (1.01, 0, False), (9, 0, False)],
+)
+def test_auto_leaves_a_tenth(mini, monkeypatch, capsys, room, count, lean):
     """After a first step of two micro-batches; ``room``: in layers, beyond what that step took."""
     model, tokenizer = load(mini)
     small, large = (batch_of(mini, model, tokenizer, range(n)) for n in (2, 4))
     checkpointed(model)
     first = KeptBytes(model.get_model().layers[-1])
-    recompute_layers(model.get_model(), 1)
+    recompute(model.get_model(), 1, lean=False)
     train(model, large)
     first.remove()
     before, after, peak = 1000, 1600, 5_000_000  # the optimizer's state came to be after the peak
@@ -124,9 +128,23 @@ def test_auto_leaves_a_tenth(mini, monkeypatch, capsys, room, count):
     run = Recomputation(model, "auto", CPU, alone=True)
     for number, batch in ((7, small), (7, large), (8, small)):
         run.step(number, lambda batch=batch: train(model, batch)[0])
-        assert run.count == (1 if number == 7 else count)
+        assert (run.count, run.lean) == ((1, False) if number == 7 else (count, lean))
     (said,) = said_of(capsys)
     assert f"{count} of 2 layers are computed again" in said
+    assert ("and the activation in the MLP of the others" in said) is lean
+
+
+def test_an_mlp_of_others_is_left_alone(mini):
+    """As another library's kernels would stand in its place."""
+    model, tokenizer = load(mini)
+    batch, mlp = batch_of(mini, model, tokenizer, range(2)), model.get_model().layers[1].mlp
+    want, _ = train(model, batch)
+    theirs = mlp.forward = lambda x: type(mlp).forward(mlp, x)
+    checkpointed(model)
+    for lean in (True, False):
+        recompute(model.get_model(), 1, lean)
+        got, _ = train(model, batch)
+        assert mlp.forward is theirs and all(torch.equal(got[n], g) for n, g in want.items())
 
 
 def test_auto_looks_again_before_a_larger_batch(mini, monkeypatch, capsys):
