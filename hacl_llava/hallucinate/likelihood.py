@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from ..config import HaclError
 from .blind import Candidate
 
@@ -11,6 +13,7 @@ FAR = 10.0  # nats: a candidate that is less likely than its caption by more is 
 _TOKENS = 8192  # of a batch, padding included
 _LONGEST = 256  # tokens of a text that are looked at
 _REMEMBERED = 500_000  # texts
+_SHOWN = 10  # batches from which on there is a bar
 
 
 def _load(path):
@@ -64,7 +67,8 @@ class Likelihood:
         rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         rows = [[first, *row[:_LONGEST], last] for row in rows]
         order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [0.0] * len(rows)
-        for batch in _batches(order, rows):
+        batches = list(_batches(order, rows))
+        for batch in tqdm(batches, desc="likelihood", unit="batch", disable=len(batches) < _SHOWN):
             width = len(rows[batch[-1]])
             ids = torch.tensor([rows[i] + [last] * (width - len(rows[i])) for i in batch], device=self.model.device)
             sizes = torch.tensor([len(rows[i]) for i in batch], device=ids.device)
