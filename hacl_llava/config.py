@@ -249,8 +249,8 @@ def preset_in(argv: Sequence[str]) -> dict[str, Any]:
     """The flags that ``--hacl_preset NAME`` of a command line stands for: ``{"hacl_queue_size": 16384, ...}``; without
     it those of "default"."""
     words = " ".join(argv).replace("=", " ").replace("--hacl-preset", "--hacl_preset").split()
-    names = ["default", *(b for a, b in itertools.pairwise(words) if a == "--hacl_preset")]
-    return {f"hacl_{k}": v for name in names[-1:] for k, v in PRESETS.get(name, {}).items()}
+    *_, name = "default", *(b for a, b in itertools.pairwise(words) if a == "--hacl_preset")
+    return {f"hacl_{k}": v for k, v in PRESETS.get(name, {}).items()}
 
 
 def hacl_argument_fields(use_hacl: bool) -> list[tuple[str, Any, Field]]:

@@ -104,7 +104,6 @@ def make_vision_tower(
     steps: int = 0,
     hidden_size: int = 64,
     layers: int = 2,
-    progress: bool = False,
     places: bool = False,
     size: int = SIZE,
     patches: int = 3,
@@ -136,7 +135,7 @@ def make_vision_tower(
             projection_dim=hidden_size,
         )
         model = transformers.CLIPVisionModel(config)
-        accuracy = _train_on_cells(model, steps, seed, progress, places) if steps else None
+        accuracy = _train_on_cells(model, steps, seed, places) if steps else None
     # Published CLIP checkpoints name their weights vision_model.*; transformers 5 would save without that prefix, and
     # older versions would then take random weights instead. Written so, every version reads the same tower.
     prefix = "vision_model."
@@ -162,11 +161,10 @@ def make_vision_tower(
     return accuracy
 
 
-def _train_on_cells(model, steps, seed, progress, places):
+def _train_on_cells(model, steps, seed, places):
     """Classify each cell: empty, or which shape, which colour, how many; with ``places`` also which of the nine."""
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     rng = random.Random(seed + 2)
     sizes = (len(SHAPES) + 1, len(COLOURS) + 1, 4, *([9] if places else []))
@@ -176,8 +174,7 @@ def _train_on_cells(model, steps, seed, progress, places):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
     colours, right = list(COLOURS), []
-    bar = tqdm(range(steps), desc="tiny vision tower", disable=not progress)
-    for _ in bar:
+    for _ in range(steps):
         scenes = [make_scene(rng) for _ in range(64)]
         pixels = torch.stack([torch.from_numpy(np.array(render(s, rng))).permute(2, 0, 1) for s in scenes])
         target = torch.zeros(len(scenes), 9, len(sizes), dtype=torch.long)
@@ -199,7 +196,6 @@ def _train_on_cells(model, steps, seed, progress, places):
             guess = torch.stack([x.argmax(-1) for x in scores], -1)
             filled = target[..., 0] > 0
             right.append((guess == target).all(-1)[filled].float().mean().item())
-        bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right[-1]:.2f}")
     return sum(right[-20:]) / len(right[-20:])
 
 
