@@ -4,7 +4,7 @@
 #   SHAPE=tiny VISUAL=9 IMAGES="2" ROUNDS=1 OUT=runs/gpu benchmarks/gpu.sh .venv/bin/python     on a CPU: that it runs
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${1:-python3} out=${OUT:-benchmarks/results/gpu}
+python=${1:-python3} out=${OUT:-runs/gpu}
 shape=${SHAPE:-7b} images=${IMAGES:-8 16 32} visual=${VISUAL:-576} rounds=${ROUNDS:-5} zero=${ZERO:-2 3}
 most=${images##* } failed=()
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # else gaps eat what is measured
