@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Is HACL right on this GPU, and what does it cost there? Each part writes its files as it ends, and is not run again.
 #   make gpu                                         or: benchmarks/gpu.sh PYTHON, with torch for CUDA, llava and this
-#   SHAPE=tiny VISUAL=9 IMAGES="2" ROUNDS=1 OUT=runs/gpu benchmarks/gpu.sh .venv/bin/python     on a CPU: that it runs
+#   SHAPE=tiny VISUAL=9 IMAGES="2" ROUNDS=1 OUT=runs/gpu-tiny benchmarks/gpu.sh .venv/bin/python     on a CPU: that it runs
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3} out=${OUT:-runs/gpu}
