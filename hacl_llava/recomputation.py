@@ -45,8 +45,7 @@ def recompute(llm: Any, count: int, lean: bool | None = None) -> None:
 def _set_lean(mlp, on):
     if hasattr(vars(mlp).get("forward"), "_hacl_lean"):
         del mlp.forward
-    stock = type(mlp).forward is LlamaMLP.forward and "forward" not in vars(mlp)
-    if not on or not stock or getattr(mlp.config, "pretraining_tp", 1) > 1:
+    if not on or not _can_be_lean(mlp):
         return
 
     def product(gate, up):
@@ -60,6 +59,11 @@ def _set_lean(mlp, on):
 
     forward._hacl_lean = True
     mlp.forward = forward
+
+
+def _can_be_lean(mlp):
+    stock = type(mlp).forward is LlamaMLP.forward and "forward" not in vars(mlp)
+    return stock and getattr(mlp.config, "pretraining_tp", 1) <= 1
 
 
 class Memory(NamedTuple):
@@ -94,14 +98,13 @@ class KeptBytes:
         most: of any micro-batch so far, all its passes together. spared: of these, what a lean layer would not keep.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:  # a decoder layer
         self.most = self.spared = 0
         self._total, self._activations, self._inside = 0, 0, None
         before = module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._hooks = [before, module.register_forward_hook(self._end, always_call=True)]
-        activation = getattr(getattr(module, "mlp", None), "act_fn", None)
-        if activation is not None:
-            self._hooks.append(activation.register_forward_hook(self._of_activation))
+        if _can_be_lean(module.mlp):
+            self._hooks.append(module.mlp.act_fn.register_forward_hook(self._of_activation))
 
     def next(self) -> None:
         """Another micro-batch begins."""

@@ -145,6 +145,9 @@ def test_an_mlp_of_others_is_left_alone(mini):
         recompute(model.get_model(), 1, lean)
         got, _ = train(model, batch)
         assert mlp.forward is theirs and all(torch.equal(got[n], g) for n, g in want.items())
+    kept = KeptBytes(model.get_model().layers[1])
+    train(model, batch)
+    assert kept.most and not kept.spared  # so that `auto` does not count on it
 
 
 def test_auto_looks_again_before_a_larger_batch(mini, monkeypatch, capsys):
