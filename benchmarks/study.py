@@ -281,7 +281,7 @@ def answers(size, of, output):
     from hacl_llava.common.images import Images
 
     tokenizer, model, processor, _ = load_pretrained(output, dtype=DTYPES[SIZES[size]["bf16"]])
-    template, yes, no = conv_templates[SIZES[size]["version"]], *(tokenizer(x).input_ids[-1] for x in ("Yes", "No"))
+    template = conv_templates[SIZES[size]["version"]]
     rows = {split: list(jsonl.read(of / f"test/mini_pope_{split}.json")) for split in world.SPLITS}
     asked = {}
     for row in (row for of_split in rows.values() for row in of_split):
@@ -290,7 +290,10 @@ def answers(size, of, output):
         pixels, size, _ = Images(of / "test/images", [image], processor, model.config)[0]
         pixels = torch.from_numpy(pixels).to(model.device, model.dtype)[None]
         for text in questions:
-            ids = prompt_ids([(f"{text}{world.SHORT}", None)], template, tokenizer, model.config).to(model.device)
+            question = f"{text}{world.SHORT}"
+            turns = (prompt_ids([(question, x)], template, tokenizer, model.config)[0] for x in ("Yes", "No"))
+            ids, yes, no = until_apart(*turns)
+            ids = ids[None].to(model.device)
             with torch.inference_mode():
                 logits = model(ids, images=pixels, image_sizes=[size], use_cache=False).logits[0, -1].float()
             questions[text] = (logits[yes] - logits[no]).item()
@@ -318,6 +321,13 @@ def answers(size, of, output):
             )  # fmt: skip
         said += tokenizer.batch_decode(new, skip_special_tokens=True)
     return figures | judge.judged(said, [record["conversations"][1]["value"] for record in records])
+
+
+def until_apart(first, second):
+    """(what two rows of ids have in common before they differ, the next of the first, the next of the second): "Yes"
+    and "No" begin with the same token for some tokenizers."""
+    at = next(n for n, (a, b) in enumerate(zip(first.tolist(), second.tolist())) if a != b)
+    return first[:at], first[at].item(), second[at].item()
 
 
 def place(folder, arm, steps, seed):

@@ -185,7 +185,7 @@ class HaclMixin:
         e_text = self.hacl_texts(passes, texts)
         if self.hacl_head.centre is not None and self.training:
             counts = rows.whole & (texts["end"][: len(e_v)] >= 0)
-            self.hacl_head.centre.update(e_text[: len(e_v)], counts, llm_trains(self))
+            self.hacl_head.centre.update(e_v, e_text[: len(e_v)], counts, llm_trains(self))
         features = self.hacl_features(e_v, e_text, rows.whole, texts["end"])
         parts = self.hacl_loss(**features)
         extra = self.hacl_config.weight * parts["loss"]
@@ -220,7 +220,7 @@ class HaclMixin:
     def hacl_keep(self) -> Callable[[], None]:
         """Keep what a training step changes beside gradients; returns a function that puts it back."""
         centre = None if self.hacl_head is None else self.hacl_head.centre
-        kept = None if centre is None else (centre.mean, centre.steps)
+        kept = None if centre is None else (centre.means, centre.steps)
         sums, loss = getattr(self, "_hacl_sums", None), getattr(self, "hacl_loss", None)
         queue = loss.queue_state() if loss is not None else {}  # a step writes into it, where the others are replaced
         queue = {k: v.clone() if torch.is_tensor(v) else v for k, v in queue.items()}
@@ -228,7 +228,7 @@ class HaclMixin:
         def put_back():
             self._hacl_sums = sums
             if centre is not None:
-                centre.mean, centre.steps = kept
+                centre.means, centre.steps = kept
             if loss is not None:
                 loss.load_queue_state(queue)
 

@@ -80,61 +80,69 @@ class _ClampInward(torch.autograd.Function):
 
 
 class Centre:
-    """The mean state of captions, c, subtracted from e_v, e_t and e_h before heads and norm.
+    """The mean states of images and of captions, each subtracted from its own kind before heads and norm.
 
     The states of an LLM share one large direction: raw, the cosine of a caption with any other is above .9, and at the
-    usual temperatures nearly nothing is left to tell them by. In step s, c_s = c_(s-1) + r_s (m_s - c_(s-1)), where m_s
-    is the mean over the captions of all ranks and r_s = 1 / s: the mean of all so far. A step without captions is none.
-    After `STEPS` steps it stays as it is while the LLM is frozen, and follows slowly, r_s = 1 / STEPS, one that trains.
+    usual temperatures nearly nothing is left to tell them by. Images have another such direction than captions; less
+    the captions' mean, a contrast would spend most of itself on moving that one, which tells no image from another.
+
+    In step s, c_s = c_(s-1) + r_s (m_s - c_(s-1)), where m_s is the mean over the rows of all ranks. A step without
+    rows is none. For captions r_s = 1 / s, the mean of all so far; after ``STEPS`` steps it stays as it is while the
+    LLM is frozen, and follows slowly, r_s = 1 / STEPS, one that trains. Images' states move with the projector:
+    r_s = 1 / s, then 1 / IMAGE_STEPS. No gradient goes through either.
 
     A plain tensor in float32, no buffer, which DeepSpeed would round to its own dtype.
     """
 
-    STEPS = 100
+    STEPS, IMAGE_STEPS = 100, 10
 
     def __init__(self) -> None:
-        self.mean, self.steps = None, torch.zeros(())
-        self._updates = 0  # at least as many as steps; the host knows it without waiting for the device
+        self.means, self.steps = None, torch.zeros(())  # [2, D]: of images, of captions
 
     @torch.no_grad()
-    def update(self, states: Tensor, mask: Tensor, moves: bool) -> None:
+    def update(self, visual: Tensor, text: Tensor, mask: Tensor, moves: bool) -> None:
         """Take a batch in; every rank must call it.
 
         Args:
-            states: ``[B, D]`` e_t. mask: ``[B]`` bool, which of them count. moves: whether the LLM trains.
+            visual: ``[B, D]`` e_v. text: ``[B, D]`` e_t. mask: ``[B]`` bool, which rows count. moves: whether the LLM
+                trains.
         """
-        if not moves and self._updates >= self.STEPS:
-            self.steps = self.steps.cpu()  # one wait for the device; from then on it is there
-            if self.steps >= self.STEPS:
-                return
-        self._updates += 1
-        states = states.detach().float()
-        mask = (mask & torch.isfinite(states).all(1))[:, None]
-        sums = torch.cat([states.masked_fill(~mask, 0).sum(0), mask.sum(0).float()])
+        states = torch.stack([visual, text]).detach().float()
+        mask = (mask & torch.isfinite(states).all(2).all(0))[:, None]
+        sums = torch.cat([states.masked_fill(~mask, 0).sum(1).flatten(), mask.sum().float()[None]])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        old = torch.zeros_like(sums[:-1]) if self.mean is None else self.mean.to(sums.device)
-        steps, counts = self.steps.to(sums.device), sums[-1] > 0
-        if not moves:
-            counts = counts & (steps < self.STEPS)
         # On the device, so that nothing waits for it.
-        rate = counts / (steps + 1).clamp(max=self.STEPS)
-        self.mean = old + rate * (sums[:-1] / sums[-1].clamp(min=1) - old)
-        self.steps = steps + counts
+        found, count = sums[:-1].view(2, -1), sums[-1]
+        old = torch.zeros_like(found) if self.means is None else self.means.to(found.device)
+        self.steps = self.steps.to(found.device) + (count > 0)
+        rates = 1 / torch.stack([self.steps.clamp(1, self.IMAGE_STEPS), self.steps.clamp(1, self.STEPS)])
+        if not moves:
+            rates[1] *= self.steps <= self.STEPS
+        self.means = old + (rates * (count > 0))[:, None] * (found / count.clamp(min=1) - old)
 
-    def subtract(self, states: Tensor) -> Tensor:
-        """``states`` less the mean, float32."""
-        return states if self.mean is None else states.float() - self.mean.to(states.device)
+    def subtract(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Both less their means, float32."""
+        if self.means is None:
+            return visual, text
+        of_images, of_captions = self.means.to(visual.device)
+        return visual.float() - of_images, text.float() - of_captions
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for a file; empty before the first batch."""
-        return {} if self.mean is None else {"centre": self.mean.cpu(), "centre_steps": self.steps.cpu()}
+        if self.means is None:
+            return {}
+        return dict(zip(("image_centre", "centre"), self.means.cpu())) | {"centre_steps": self.steps.cpu()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take `state` back, from a dict that may hold more; what is taken leaves it."""
+        """Take `state` back, from a dict that may hold more; what is taken leaves it.
+
+        Where an older file has captions' alone, which was subtracted from images as well, it is both.
+        """
         if "centre" in state:
-            self.mean, self.steps = state.pop("centre").float(), state.pop("centre_steps").float()
-            self._updates = int(self.steps)
+            of_captions = state.pop("centre").float()
+            self.means = torch.stack([state.pop("image_centre", of_captions).float(), of_captions])
+            self.steps = state.pop("centre_steps").float()
 
 
 class HaclHead(nn.Module):
@@ -201,7 +209,7 @@ class HaclHead(nn.Module):
             ``[B, P]`` and ``[N, P]`` of unit norm, and the temperature, a 0-d tensor within `TEMPERATURE_RANGE`.
         """
         if self.centre is not None:
-            visual, text = self.centre.subtract(visual), self.centre.subtract(text)
+            visual, text = self.centre.subtract(visual, text)
         low, high = (math.log(limit) for limit in TEMPERATURE_RANGE)
         temperature = _ClampInward.apply(self.log_temperature.float(), low, high).exp().squeeze()
         return (

@@ -79,8 +79,8 @@ def naive_step(model, batch):
         h_mask.append([x is not None for x in hallucinated[b]])
     ranks = naive_ranks(model, batch, images, used) if model.hacl_config.ranking else ()
     e_v, e_t, e_h = torch.stack(e_v), torch.stack(e_t), torch.stack(e_h) if K else None
-    centre = e_t.mean(0).detach() if model.hacl_config.centre else 0  # of a first step
-    v, t = head.visual(e_v - centre), head.text(e_t - centre)
+    of_images, centre = (x.mean(0).detach() if model.hacl_config.centre else 0 for x in (e_v, e_t))  # of a first step
+    v, t = head.visual(e_v - of_images), head.text(e_t - centre)
     v, t = F.normalize(v, dim=-1), F.normalize(t, dim=-1)
     h = F.normalize(head.text(e_h - centre), dim=-1).view(len(v), K, -1) if K else None
     h_mask = torch.tensor(h_mask)

@@ -47,7 +47,7 @@ from .journal import digest_of
 # isort: split
 from llava.mm_utils import tokenizer_image_token
 
-_FORMAT = 2  # of the files; another one is made anew
+_FORMAT = 3  # of the files; another one is made anew
 _LISTED = 1000  # names of skipped records that are kept; all are counted
 
 
@@ -69,9 +69,9 @@ class Representations:
 
     ``index``: ``[N]`` places of the records in the data. ``owner``: ``[M]`` row of the image that a hallucinated
     caption belongs to; ``which``: ``[M]`` its place among those of its record. ``spaces``: {"llm": (e_v ``[N, D]``, e_t
-    ``[N, D]``, e_h ``[M, D]``), "centred": the same less the mean e_t}, and with heads {"head": ...}, centred if they
-    were trained so, of width P and unit norm; float32. ``skipped``: names of
-    records whose image could not be read, and why. ``about``: settings and what the file was made from.
+    ``[N, D]``, e_h ``[M, D]``), "centred": e_v less the mean e_v, the others less the mean e_t}, and with heads
+    {"head": ...}, centred if they were trained so, of width P and unit norm; float32. ``skipped``: names of records
+    whose image could not be read, and why. ``about``: settings and what the file was made from.
     """
 
     index: np.ndarray
@@ -324,8 +324,8 @@ def extract(
     texts = [item.caption for item in kept] + [text for item in kept for text in item.hallucinated]
     states = extractor.texts(texts, label) if texts else e_v
     llm = e_v, states[: len(kept)], states[len(kept) :]
-    centre = llm[1].mean(0)
-    spaces = {"llm": llm, "centred": tuple(x - centre for x in llm)}
+    means = llm[0].mean(0), llm[1].mean(0), llm[1].mean(0)
+    spaces = {"llm": llm, "centred": tuple(x - mean for x, mean in zip(llm, means))}
     head = getattr(loaded.model, "hacl_head", None)
     if head is not None and not isinstance(head.visual, torch.nn.Identity):
         with torch.no_grad():

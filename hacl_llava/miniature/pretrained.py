@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 from . import models
-from .world import KINDS, PLACES, caption_of, hallucinate, make_scene
+from .world import KINDS, PLACES, SHAPES, caption_of, hallucinate, make_scene, question_about
 
 FOLDER = Path(__file__).with_name("pretrained")
-STEPS, TOWER_STEPS, BATCH, LEARNING_RATE = 5000, 600, 32, 3e-3
+STEPS, TOWER_STEPS, BATCH, LEARNING_RATE = 6000, 600, 32, 3e-3
+BATCHES = ("captions of bundles", "texts", "captions of bundles", "after a bundle", "questions of bundles")
 NOISE = 0.02  # standard deviation of what is added to bundles
 INFO_NCE, TEMPERATURE = 0.2, 0.07  # weight and temperature of the contrast of texts
 
@@ -67,7 +68,7 @@ def make_tower(folder: Path, seed: int = 0, steps: int = TOWER_STEPS) -> None:
 
 
 def _train(model, folder, seed, steps):
-    """Four kinds of batches in turn; yields mean losses of each hundred steps."""
+    """``BATCHES`` in turn; yields mean losses of each hundred steps."""
     import sentencepiece
     import torch
     import torch.nn.functional as F
@@ -79,7 +80,7 @@ def _train(model, folder, seed, steps):
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
     for step in range(1, steps + 1):
-        kind = ("captions of bundles", "texts", "captions of bundles", "after a bundle")[step % 4]
+        kind = BATCHES[step % len(BATCHES)]
         ids, labels, end, bundles = _rows(rng, pieces, kind)
         words = model.get_input_embeddings()
         embeds = words(ids)
@@ -128,11 +129,13 @@ def _rows(rng, pieces, kind):
             of_scene = [[1, *a, 2, *b, 2] for a, b in both]
             kept, end = of_scene, [len(a) + 1 for a, _ in both]
         else:
-            after = [*one, *line] if kind == "captions of bundles" else [2, *one, 2]
-            of_scene, kept = [[1, *[0] * 9, *after]], [[-100] * 10 + after]
-            end = [0 if kind == "captions of bundles" else 10]
-            if end[0]:
-                kept[0][10] = -100  # EOS itself follows no end
+            if kind == "questions of bundles":
+                after, asked = _questions(scene, pieces, rng)
+            else:
+                after = [*one, *line] if kind == "captions of bundles" else [2, *one, 2]
+                asked = [-100, *one, 2] if after[0] == 2 else after  # EOS itself follows no end
+            of_scene, kept = [[1, *[0] * 9, *after]], [[-100] * 10 + asked]
+            end = [10 if after[0] == 2 else 0]
             bundles += [torch.tensor(x) for x in _bundle(scene, pieces)]
         rows += of_scene
         labels += kept
@@ -143,6 +146,17 @@ def _rows(rng, pieces, kind):
     )
     bundles = pad_sequence(bundles, batch_first=True).unflatten(0, (-1, 9)) if bundles else None
     return ids, labels, torch.tensor(ends), bundles
+
+
+def _questions(scene, pieces, rng):
+    """(ids, labels) of questions after shapes, half of which are there, with their answers; labels of answers alone."""
+    there, ids, labels = [group[2] for group in scene], [], []
+    for shape in rng.sample([*there, *rng.sample([s for s in SHAPES if s not in there], len(there))], 2 * len(there)):
+        asked = pieces.encode(f"{question_about(shape)} ASSISTANT:")
+        answer = [*pieces.encode("Yes" if shape in there else "No"), 2]
+        ids += [*asked, *answer]
+        labels += [-100] * len(asked) + answer
+    return ids, labels
 
 
 def _bundle(scene, pieces):

@@ -244,14 +244,30 @@ def test_share_of_the_gradient(mini, mixed, monkeypatch, checkpointing, fused):
     assert gradient_share.ratio(model, **batch_of(mini, model, tokenizer, (4,), mixed)) is None  # no image
 
 
-def test_a_batch_without_captions_is_none_for_the_centre():
-    centre, states = representation.Centre(), torch.randn(4, 3)
+def test_the_centre():
+    """A batch without captions is none; images' mean follows what training makes of them, captions' comes to stay."""
+    centre, (v, t) = representation.Centre(), torch.randn(2, 4, 3)
     all_, none = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
     for mask in (none, all_, none):
-        centre.update(states, mask, moves=False)
-    torch.testing.assert_close(centre.mean, states.mean(0))
-    centre.update(states + 2, all_, moves=False)
-    torch.testing.assert_close(centre.mean, states.mean(0) + 1)
+        centre.update(v, t, mask, moves=False)
+    torch.testing.assert_close(centre.means, torch.stack([v.mean(0), t.mean(0)]))
+    centre.update(v + 1, t + 2, all_, moves=False)
+    torch.testing.assert_close(centre.means, torch.stack([v.mean(0) + 0.5, t.mean(0) + 1]))
+    for _ in range(centre.STEPS - 2):
+        centre.update(v + 4, t + 2, all_, moves=False)
+    torch.testing.assert_close(centre.means, torch.stack([v.mean(0) + 4, t.mean(0) + 1.98]), atol=1e-3, rtol=0)
+    centre.update(v + 14, t + 102, all_, moves=False)
+    torch.testing.assert_close(centre.means, torch.stack([v.mean(0) + 5, t.mean(0) + 1.98]), atol=1e-3, rtol=0)
+    centre.update(v, t + 101.98, all_, moves=True)
+    torch.testing.assert_close(centre.means[1], t.mean(0) + 2.98, atol=1e-3, rtol=0)
+
+    taken = representation.Centre()
+    taken.load(centre.state())
+    assert torch.equal(taken.means, centre.means) and taken.steps == centre.steps
+    older = centre.state()  # of captions alone, which images had too
+    del older["image_centre"]
+    taken.load(older)
+    assert torch.equal(taken.means, centre.means[[1, 1]]) and not older
 
 
 def test_text_pass_has_a_graph_only_when_the_llm_trains(mini):
