@@ -47,45 +47,40 @@ SIZES = {
 DTYPES = {True: "bfloat16", False: "float32"}
 # How representations are contrasted; the miniature's LLM was trained to say at EOS what a text says.
 BARE = EOS | {"head_dim": 0, "learnable_temperature": False, "weight": 0.1}
-PROMPT = BARE | {"representation": "prompt"}
-CENTRED = {"smollm2": PROMPT | {"centre": True}, "miniature": BARE}
+RAW = {"smollm2": BARE | {"representation": "prompt"}, "miniature": BARE}
 
 
 # Arms whose hallucinated captions are made by `hacl-llava hallucinate`, and its --choose.
-CHOSEN = {"late, rules, random": "random", "late, rules, blind": "blind"}
+CHOSEN = {"early, rules, random": "random", "early, rules, blind": "blind"}
+
+
+def centred(size):
+    return RAW[size] | {"centre": True}
 
 
 def arms_of(size):
-    """{arm: its settings; None without HACL}."""
-    centred = CENTRED[size]
-    share = centred | {"weight": 1.0, "start": 0.3, "gradient_share": 0.2}
-    late = centred | {"start": 0.3}
+    """{arm: its settings; None without HACL}. On SmolLM2 *late* is what the flags' defaults are."""
+    early = centred(size)
+    late, none = early | {"start": 0.3, "weight": 0.05}, {"num_hallucinated": 0}
     ranking = EOS | {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0}
     arms = {
         "plain": None,
         "eos": EOS,  # heads, learnt temperature, weight 1
-        "prompt": PROMPT,
-        "centred": centred,
+        "early, raw": RAW[size],
+        "early": early,
+        "early, K = 0": early | none,
+        "early, weight 0.03": early | {"weight": 0.03},
+        "early, weight 0.3": early | {"weight": 0.3},
+        "early, batch": early | {"negatives": "batch"},
         "late": late,
-        "late, K = 0": late | {"num_hallucinated": 0},
-        "later": centred | {"start": 0.5},
-        "late, weight 0.3": late | {"weight": 0.3},
-        "share 0.1": share | {"start": 0.0, "gradient_share": 0.1},
-        "late, share 0.1": share | {"gradient_share": 0.1},
-        "late, share 0.2": share,
-        "later, share 0.4": share | {"start": 0.5, "gradient_share": 0.4},
-        "window, share 0.4": share | {"end": 0.8, "gradient_share": 0.4},
-        "late, share 0.2, queue": share | {"queue_size": 1024},
-        "late, share 0.2, K = 0": share | {"num_hallucinated": 0},
+        "late, K = 0": late | none,
+        "late, weight 0.1": late | {"weight": 0.1},
+        "later, weight 0.1": early | {"start": 0.5},
+        "late, share 0.2": late | {"weight": 1.0, "gradient_share": 0.2},
+        "late, queue": late | {"queue_size": 1024},
         "ranking, share 0.2": ranking,
-        "ranking, share 0.4": ranking | {"gradient_share": 0.4},
-        "both, share 0.2": share | {"ranking": 1.0},
     }
-    if size == "miniature":
-        del arms["prompt"]
-        arms |= {"late, K = 4": late | {"num_hallucinated": 4}}
-        arms |= dict.fromkeys(CHOSEN, late)
-    return arms
+    return arms | (dict.fromkeys(CHOSEN, early) if size == "miniature" else {})
 
 
 # name, heading, digits
@@ -108,7 +103,8 @@ FIGURES = {
         ("wrong_place", "wrong place", 3),
     ),
     2: (
-        *((f"pope_{split}_{x}", f"{split}: {x}", 3) for split in world.SPLITS for x in ("auc", "accuracy", "yes")),
+        *((f"pope_{x}", f"POPE: {x}", 3) for x in ("accuracy", "auc", "yes")),
+        *((f"pope_{split}_{x}", f"{split}: {x}", 3) for split in world.SPLITS for x in ("accuracy", "auc", "yes")),
         ("made_up", "shapes made up", 3),
         ("recall", "shapes found", 3),
         ("wrong_colour", "wrong colour", 3),
@@ -237,9 +233,9 @@ def measure(folder, size, of, output, settings):
 
     loaded = load_pretrained(output, folder / "llm", dtype=DTYPES[SIZES[size]["bf16"]])
     items, _, _ = representations.sample_records(of / "heldout.json", SIZES[size]["held_out"], 0)
-    config = HaclConfig(**(settings or CENTRED[size]))  # plain: as the arms without heads look at it
+    config = HaclConfig(**(settings or centred(size)))  # plain: as the arms without heads look at it
     found = representations.extract(loaded, items, of / "images", config)
-    v, t, h = found.spaces["head" if config.head_dim else "centred" if config.centre else "llm"]
+    v, t, h = found.spaces["head" if config.head_dim else "centred"]
     kinds = [kind for item in items for kind in item.kinds]
     rows, _ = measures.items_of(
         v, t, h, found.owner, *zip(*((i.index, i.image, i.caption) for i in items)), kinds=kinds
@@ -305,6 +301,8 @@ def answers(size, of, output):
         figures[f"pope_{split}_auc"] = statistics.mean(pairs)
         figures[f"pope_{split}_accuracy"] = statistics.mean((score > 0) is label for score, label in found)
         figures[f"pope_{split}_yes"] = statistics.mean(score > 0 for score, _ in found)
+    for x in ("accuracy", "auc", "yes"):
+        figures[f"pope_{x}"] = statistics.mean(figures[f"pope_{split}_{x}"] for split in world.SPLITS)
 
     records = json.loads((of / "heldout.json").read_text())
     ids, said = prompt_ids([("Please describe this image in detail.", None)], template, tokenizer, model.config), []
@@ -356,6 +354,7 @@ def one(folder, size, stage, arm, steps, seed):
 def write(folder, size, found):
     """study-SIZE.json and .md: means over seeds, with their standard errors, and each run."""
     arms, numbers = arms_of(size), SIZES[size]
+    folder.mkdir(parents=True, exist_ok=True)
     about = f"`python benchmarks/study.py --size {size}`; {numbers['held_out']} scenes held out, batches of "
     about += f"{numbers['batch']}; ±: standard error over seeds."
     lines = [f"# HACL on {'SmolLM2-135M' if size == 'smollm2' else 'the miniature'}, arm against arm", "", about]

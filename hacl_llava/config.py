@@ -236,7 +236,7 @@ EOS = {
 PRESETS = {
     # Of what was tried on a small LLM, what aligns images with captions and costs captions least: docs/evidence.md.
     "default": {
-        **{"representation": "prompt", "centre": True, "weight": 0.1, "start": 0.3},
+        **{"representation": "prompt", "centre": True, "weight": 0.05, "start": 0.3},
         **{"head_dim": 0, "learnable_temperature": False},
     },
     "paper": EOS | {"queue_size": 16384, "head_dim": 0},

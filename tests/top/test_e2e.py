@@ -77,7 +77,7 @@ def test_scripts_of_the_real_run_as_they_are(mini, tmp_path):
     check_stage1(done.stdout + done.stderr, tmp_path / "stage1", 2, heads="")
     settings = HaclConfig(**PRESETS["default"]).to_dict()
     assert json.loads((tmp_path / "stage1/config.json").read_text())["hacl"] == settings
-    assert "HACL preset default: --hacl_representation prompt --hacl_centre True --hacl_weight 0.1" in done.stdout
+    assert "HACL preset default: --hacl_representation prompt --hacl_centre True --hacl_weight 0.05" in done.stdout
 
     env |= {"OUTPUT": str(tmp_path / "stage2"), "LAUNCHER_ARGS": f"--num_gpus 2 --master_port {free_port()}"}
     run("bash", "scripts/finetune_7b.sh", *flags, **env)
@@ -147,7 +147,9 @@ def test_demo(tmp_path, monkeypatch, capfd):
     out = capfd.readouterr().out
     assert "engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu, fused passes" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["seed"] == 0 and summary["heldout"] == 32 and "--hacl_start" in summary["commands"]["HACL"]
+    assert summary["seed"] == 0 and summary["heldout"] == 32 and "--hacl_centre" in summary["commands"]["HACL"][0]
+    assert set(summary["pope"]) == {f"POPE mini {split}" for split in ("random", "popular", "adversarial")}
+    assert all(metrics["accuracy"]["b"] > 0 for metrics in summary["pope"].values())
     assert out.rstrip().endswith(summary["findings"][-1])
     losses = {arm: figures["loss_lm"]["value"] for arm, figures in summary["arms"].items()}
     assert len(set(losses.values())) > 1 and set(losses) == {"untrained", "plain", "HACL"}
