@@ -128,7 +128,7 @@ def test_llava_takes_its_conversations_whole(mini, tmp_path, capsys):
     assert "mismatch" not in capsys.readouterr().out
 
 
-STEPS = 150
+STEPS = 240
 TRUE = "two red circles at the top left and one blue bar at the right"
 
 
@@ -196,3 +196,25 @@ def test_a_short_stage_1_looks_at_images(short):
     true, other = short["their"], short["other"]
     assert true["loss"] < other["loss"] - 0.15 and true["made_up"] < other["made_up"]
     assert true["prefers"] > 0.65 and other["prefers"] < 0.6  # of 240 pairs; chance is 0.5
+
+
+def test_the_llm_that_comes_with_the_package_answers_about_bundles():
+    """What a projector has to find is there to be found; the control: questions about other scenes."""
+    import sentencepiece
+    import torch
+    import transformers
+
+    llm = transformers.LlamaForCausalLM.from_pretrained(pretrained.FOLDER / "llm", torch_dtype=torch.float32)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(pretrained.FOLDER / "llm/tokenizer.model"))
+    ids, labels, _, bundles = pretrained._rows(random.Random(5), pieces, "questions of bundles")
+    words = llm.get_input_embeddings()
+    sums = (words(bundles) * (bundles > 0)[..., None]).sum(2)
+    asked = [pieces.piece_to_id(x) for x in "YN"]  # "Yes" is three tokens, and so is "No"
+    at = torch.isin(labels, torch.tensor(asked)).nonzero().T
+    right = {}
+    with torch.no_grad():
+        for name, shift in (("their", 0), ("other", 1)):
+            embeds = torch.cat([words(ids[:, :1]), sums.roll(shift, 0), words(ids[:, 10:])], dim=1)
+            logits = llm(inputs_embeds=embeds).logits[at[0], at[1] - 1][:, asked]
+            right[name] = (torch.tensor(asked)[logits.argmax(1)] == labels[tuple(at)]).float().mean().item()
+    assert len(at[0]) > 100 and right["their"] > 0.85 > 0.7 > right["other"], right
