@@ -35,7 +35,7 @@ ARMS = {
     "untrained": {"use_hacl": False, "max_steps": 1, "learning_rate": 1e-30},
 }
 SHOWN, COMPARED = ("untrained", "plain", "HACL"), ("plain", "HACL")
-EPOCHS_2 = 3  # of stage 2, which is LLaVA's own: the LLM and a projector, on as many questions as stage 1 has images
+EPOCHS_2 = 2  # of stage 2, which is LLaVA's own: the LLM and a projector, on as many questions as stage 1 has images
 # name, heading, better if higher (1) or lower (-1)
 CAPTIONS = (
     ("loss_lm", "caption loss, nats a token", -1),
@@ -67,7 +67,7 @@ class DemoOptions:
 
     output: str = option("folder for everything made", "runs/demo")  # what an earlier demo left there is replaced
     images: int = option("training images", 6000)  # a tenth as many more are held out for the figures
-    epochs: int = option("passes over them in stage 1", 6)
+    epochs: int = option("passes over them in stage 1", 4)
     seed: int = option("of scenes and training", 0)
     processes: int = option("ranks for DeepSpeed, of each of the two", 1)
 
@@ -344,8 +344,8 @@ def _write(output, summary):
         {**x, "said": {arm: judge.marked(text, x["true"]) for arm, text in x["said"].items()}}
         for x in summary["samples"]
     ]
-    page = {**summary, "samples": samples, "title": "HACL in miniature: stage 1 without and with it", "shown": SHOWN}
-    page |= {"rows": [*CAPTIONS, *REPRESENTATIONS], "hallucinated": HALLUCINATED, "answers": POPE}
+    page = {**summary, "samples": samples, "title": "HACL in miniature: LLaVA's two stages without and with it"}
+    page |= {"shown": SHOWN, "rows": [*CAPTIONS, *REPRESENTATIONS], "hallucinated": HALLUCINATED, "answers": POPE}
     write_text(output / "report.html", as_html("demo.html.j2", page, output))
     print("\n\nPOPE's questions after stage 2; differences with 95 % intervals over scenes:\n")
     print(f"{'':69}{'plain':>8}{'HACL':>8}  HACL - plain")

@@ -75,7 +75,7 @@ def _draw_points(out, space, title, models, methods, seed):
     drawn = np.sort(np.random.default_rng(seed).permutation(rows)[:_DRAWN])
     # Each model's heads were trained on their own: an axis of one means nothing in another.
     same_width = len({x.spaces[space][0].shape[1] for *_, x in models}) == 1
-    joint = same_width and (space == "llm" or len(models) == 1)
+    joint = same_width and (space != "head" or len(models) == 1)
     axes = "fitted on all panels together" if joint else "fitted on each panel alone (axes not comparable)"
     what = "projected by the heads" if space == "head" else "last-layer states"
     panels = []
@@ -84,7 +84,9 @@ def _draw_points(out, space, title, models, methods, seed):
         first = {int(o): m for m, o in reversed(list(enumerate(x.owner)))}  # of an image's hallucinated captions
         values = numbers["measures"]
         text = f"{name}\nmodality gap {values['modality_gap']['value']:.3f}"
-        if "modality_gap_relative" in values:
+        if space == "centred":  # which leaves no gap
+            text = f"{name}\nnearest caption is the image's own: {values['image_to_text_r1']['value']:.3f}"
+        elif "modality_gap_relative" in values:
             text += f" ({values['modality_gap_relative']['value']:.2f} x the spread)"
         panels.append((text, v[drawn], t[drawn], h[[first[row] for row in drawn if row in first]]))
     made = []
