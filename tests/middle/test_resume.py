@@ -110,7 +110,7 @@ def test_goes_on_as_if_never_stopped(train, tmp_path):
 
     assert not same(resumed("optimizer", forget)[0], want)
 
-    for name in ("centre", "gradient_ratio"):
+    for name in ("centre", "image_centre", "gradient_ratio"):
 
         def without(folder, name=name):
             file = folder / "hacl_head.safetensors"
