@@ -62,7 +62,7 @@ class HaclConfig:
     )
     centre: bool = _setting(
         False,
-        "Subtract the mean image from images and the mean caption from captions before heads and norm.",
+        "Subtract from images and captions their own means before heads and norm.",
     )
     start: float = _setting(
         0.0,

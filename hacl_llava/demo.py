@@ -21,7 +21,6 @@ from .common.files import write_bytes, write_json, write_text
 from .common.options import option
 from .common.report import as_html, figure, provenance, thumbnail, version
 from .config import EOS, HaclConfig, HaclError
-from .miniature.world import SPLITS
 
 ROOT = Path(__file__).parents[1]
 BATCH, LOGGING_STEPS = 32, 10
@@ -178,6 +177,8 @@ def _stage_2(output, options, arm):
 
 
 def _eval(output, arm):
+    from .miniature.world import SPLITS
+
     command = [sys.executable, "-m", "hacl_llava.cli", "eval", "--model", output / f"stage2-{arm}"]
     command += ["--images", output / "images", "--output", output / f"eval-{arm}", "--conv", "v1"]
     command += ["--device", "cpu", "--batch-size", 64, "--pope"]
