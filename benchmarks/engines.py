@@ -139,7 +139,7 @@ def main():
     if {k: report[k] for k in about} != about:
         raise SystemExit(f"{file} is of another device or size; give another --output.")
     wanted = [(zero, name) for zero in args.zero for name in RUNS if name not in report["runs"].get(f"ZeRO-{zero}", {})]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="hacl-") as folder:  # not "tmpt...": LLaVA looks for mpt in a path
         # One epoch: a new one starts its workers anew, which is no cost of a step.
         make(Path(folder), args.shape, max(args.images * args.steps, 64), args.visual)
         for zero, name in wanted:

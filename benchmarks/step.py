@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hacl_llava import compat  # noqa: E402, F401, I001  (before llava)
-from hacl_llava.config import HaclConfig  # noqa: E402
+from hacl_llava.config import PRESETS, HaclConfig  # noqa: E402
 from hacl_llava.data import HaclCollator  # noqa: E402
 from hacl_llava.common.files import write_json, write_text  # noqa: E402
 from hacl_llava.common.report import COLOURS, provenance, pyplot, save, table  # noqa: E402
@@ -257,6 +257,15 @@ def prompted_step(model, batch):
         model.hacl_suffix, model.hacl_head.centre = eos, None
 
 
+def resting_step(model, batch):
+    """P before its contrast begins."""
+    config, model.hacl_config = model.hacl_config, HaclConfig(start=PRESETS["default"]["start"])
+    try:
+        return prompted_step(model, batch)
+    finally:
+        model.hacl_config = config
+
+
 def kept_step(model, batch):
     """C where --hacl_text_cache has every text: no text pass; reading takes no FLOPs."""
 
@@ -322,12 +331,14 @@ INSTEAD = {
 }
 
 
+PROMPTED, RESTING = "P: C with a prompt of 7 tokens, centred", "S: P before its contrast begins"
 STEPS = {
     "A: stock LLaVA": stock_step,
     "A with few logits": stock_step_few_logits,
     "B: HACL as released": released_step,
     "C: HACL here": our_step,
-    "P: C with a prompt of 7 tokens, centred": prompted_step,
+    PROMPTED: prompted_step,
+    RESTING: resting_step,
     "T: C with every text kept on disk": kept_step,
     **{f"C without: {idea}": without(idea) for idea in INSTEAD},
 }
@@ -810,6 +821,19 @@ def rows_of(found):
     return table(head, rows)
 
 
+def of_a_run(steps):
+    """A paragraph: the mean step of the flags' defaults, whose contrast begins late."""
+    if not all(steps.get(name) for name in (OURS, PROMPTED, RESTING)):
+        return []
+    share, found = PRESETS["default"]["start"], []
+    for what, of in (("time", lambda row: row["to_stock"][1]), ("FLOPs", lambda row: row["flops"])):
+        if all(key in steps[OURS] for key in {"time": ["to_stock"], "FLOPs": ["flops"]}[what]):
+            ours, prompted, resting, stock = (of(steps[name]) for name in (OURS, PROMPTED, RESTING, STOCK))
+            mean = share * resting + (1 - share) * prompted
+            found.append(f"{what} {mean / stock:.3f} of A, {mean / ours:.3f} of C")
+    return ["", f"The defaults' mean step, {share:.0%} S and the others P: {'; '.join(found)}."]
+
+
 def markdown(report):
     made = report["provenance"]
     versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items() if v)
@@ -817,7 +841,7 @@ def markdown(report):
     old = report.get("timed")
     lines += [report["device"] + (f" (`{old['command']}`, commit {old['commit']})" if old else "") + ".", ""]
     for part in report["parts"]:
-        lines += [f"## {part['title']}", "", part["note"], "", rows_of(part["steps"]), ""]
+        lines += [f"## {part['title']}", "", part["note"], "", rows_of(part["steps"]), *of_a_run(part["steps"]), ""]
         if part.get("largest"):
             found = ", ".join(f"{k} {v}" for k, v in part["largest"].items())
             room = f"{1 - RESERVE:.0%} of {part['largest_in_gib']} GiB"

@@ -70,14 +70,12 @@ def arms_of(size):
         "early": early,
         "early, K = 0": early | none,
         "early, weight 0.03": early | {"weight": 0.03},
-        "early, weight 0.3": early | {"weight": 0.3},
         "early, batch": early | {"negatives": "batch"},
         "late": late,
         "late, K = 0": late | none,
         "late, weight 0.1": late | {"weight": 0.1},
         "later, weight 0.1": early | {"start": 0.5},
-        "late, share 0.2": late | {"weight": 1.0, "gradient_share": 0.2},
-        "late, queue": late | {"queue_size": 1024},
+        "late, raw": late | {"centre": False},
         "ranking, share 0.2": ranking,
     }
     return arms | (dict.fromkeys(CHOSEN, early) if size == "miniature" else {})

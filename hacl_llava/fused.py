@@ -4,7 +4,7 @@
 - One pass serves generation and e_v: the suffix (EOS, or a prompt) stands in extra last columns, which see the image
   alone (`shared_pass`).
 - Texts share rows and do not see each other (`texts`); they have no graph while nothing in the LLM trains.
-- Logits are computed only where there may be a label to predict (`generation`).
+- Logits are computed only where there may be a label to predict (`caption_loss`).
 
 `check` compares all that with separate passes on the very model that is to be trained, once.
 """
@@ -126,16 +126,26 @@ def continued(model: Any, rows: Rows, tokens: Tensor, group: Tensor, place: Tens
     return hidden(model, torch.cat([rows.embeds, tokens], dim=1), sees[:, None], positions)
 
 
-def generation(model: Any, rows: Rows, branches: Branches | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `representation.generation`; logits only at ``rows.predicting``, some 30 of 600 columns, and for branches."""
-    states = shared_pass(model, rows, branches)
+def caption_loss(model: Any, rows: Rows, states: Tensor | None = None) -> Tensor:
+    """As `representation.caption_loss`; logits only at ``rows.predicting``, some 30 of 600 columns.
+
+    Args:
+        states: those of a pass, whose first columns are those of ``rows``; None: a pass of the rows alone.
+    """
+    states = hidden(model, rows.embeds, rows.mask) if states is None else states
     columns = rows.predicting.clamp(min=0)
     targets = rows.labels[:, 1:].gather(1, columns).masked_fill(rows.predicting < 0, IGNORE_INDEX)
     logits = model.lm_head(states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))).float()
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def generation(model: Any, rows: Rows, branches: Branches | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `representation.generation`, in one pass."""
+    states = shared_pass(model, rows, branches)
     first = rows.mask.shape[1] + len(model.hacl_suffix)
     seen = None if branches is None else likelihoods(model, states, rows.behind - 1, first, branches)
-    return loss / (targets != IGNORE_INDEX).sum().clamp(min=1), states[:, first - 1], seen
+    return caption_loss(model, rows, states), states[:, first - 1], seen
 
 
 def likelihoods(model: Any, states: Tensor, last: Tensor, first: int, branches: Branches) -> Tensor:

@@ -168,7 +168,8 @@ class HaclMixin:
         Returns:
             With texts, only ``loss`` = loss_lm + scale * (weight * (loss_i2t + loss_t2i) / 2 + ranking * loss_rank),
             the scale that of `hacl_scale`; its parts are added to `hacl_metrics`. A row counts for HACL if it has
-            exactly one image, whole, and a caption.
+            exactly one image, whole, and a caption. In a training step outside ``hacl_start`` and ``hacl_end``,
+            loss_lm alone is computed: a step like stock LLaVA's.
 
         Raises:
             HaclError: an argument is missing, or rows are padded on the left.
@@ -179,6 +180,10 @@ class HaclMixin:
         if self.hacl_fused is None:
             self.hacl_fused = fused.check(self, rows.embeds.device)
         passes = fused if self.hacl_fused else representation
+        if self.hacl_rests():
+            loss_lm = passes.caption_loss(self, rows)
+            self._keep(loss_lm)
+            return CausalLMOutputWithPast(loss=loss_lm + self._nothing_of_heads(rows.embeds))
         scale = self.hacl_scale()
         branches = texts.get("branches") if scale else None  # that pass tells nothing else
         loss_lm, e_v, seen = passes.generation(self, rows, branches)
@@ -205,6 +210,18 @@ class HaclMixin:
         if self.hacl_text_cache is None or not self.training:
             return passes.texts(self, texts)
         return self.hacl_text_cache.states(self, texts, passes.texts)
+
+    def hacl_rests(self) -> bool:
+        """Whether a training step takes no part of HACL now (`HaclConfig.ramp`), and need not compute it.
+
+        Where the LLM trains it does: texts have a graph then, and the memory that takes is to show in the first step.
+        """
+        return self.training and not self.hacl_config.ramp(self.hacl_progress) and not llm_trains(self)
+
+    def _nothing_of_heads(self, embeds):
+        """0, with a gradient of 0 for heads and temperature: DDP waits for one of each, ZeRO-3 for their module."""
+        none = torch.zeros(1, embeds.shape[-1], device=embeds.device)
+        return 0 * sum(x.sum() for x in self.hacl_head(none, none))
 
     def hacl_scale(self) -> float:
         """What HACL's losses are multiplied by in this step, beside their weights: 0 to 1.
@@ -270,17 +287,21 @@ class HaclMixin:
             "temperature": temperature,
         }
 
+    _SUMS = (
+        *("loss_i2t", "loss_t2i", "temperature", "retrieval_correct", "retrieval_total", "closer_to_true"),
+        *("closer_total", "loss_rank", "ranked_right", "ranked"),
+    )
+
     @torch.no_grad()
-    def _keep(self, loss_lm, features, parts, seen):
+    def _keep(self, loss_lm, features=None, parts=None, seen=None):
         """For the guard, whether all of this rank was finite; for the log, the sums."""
+        features, one = features or {}, torch.ones_like(loss_lm)
         names = "image_features", "text_features", "hallucination_features"
-        own = [loss_lm, *(features[name] for name in names if features[name] is not None)]
-        own += [] if seen is None else [seen]
-        self.hacl_own_finite = torch.stack([torch.isfinite(x).all() for x in own]).all()
-        sums = (loss_lm, parts["loss_i2t"], parts["loss_t2i"], features["temperature"])
-        sums += tuple(parts[k] for k in ("retrieval_correct", "retrieval_total", "closer_to_true", "closer_total"))
-        sums += tuple(parts.get(k, torch.zeros_like(loss_lm)) for k in ("loss_rank", "ranked_right", "ranked"))
-        sums = torch.stack([s.detach().double() for s in (*sums, torch.ones_like(loss_lm))])
+        own = [loss_lm, seen, *(features.get(name) for name in names)]
+        self.hacl_own_finite = torch.stack([torch.isfinite(x).all() for x in own if x is not None]).all()
+        found = {**(parts or {}), "temperature": features.get("temperature")} if parts else {}
+        sums = [loss_lm, one, one if parts else 0 * one, *(found.get(name, 0 * one) for name in self._SUMS)]
+        sums = torch.stack([s.detach().double() for s in sums])
         sums = sums.where(torch.isfinite(sums).all(), torch.zeros_like(sums))  # or the means would never recover
         self._hacl_sums = sums if self._hacl_sums is None else self._hacl_sums + sums
 
@@ -306,23 +327,23 @@ class HaclMixin:
         if dist.is_available() and dist.is_initialized():
             sums = sums.clone()
             dist.all_reduce(sums)
-        lm, i2t, t2i, temperature, right, of, closer, closer_of, rank, ranked_right, ranked, steps = sums.tolist()
+        lm, steps, contrasts, i2t, t2i, temperature, right, of, closer, closer_of, rank, ranked_right, ranked = (
+            sums.tolist()
+        )
         if reset:
             self.reset_hacl_metrics()
         if not steps:  # none was finite
             return {}
-        figures = {
-            "loss_lm": lm / steps,
-            "loss_i2t": i2t / steps,
-            "loss_t2i": t2i / steps,
-            "temperature": temperature / steps,
-        }
+        figures = {"loss_lm": lm / steps}
+        if contrasts:
+            parts = {"loss_i2t": i2t, "loss_t2i": t2i, "temperature": temperature}
+            figures |= {name: total / contrasts for name, total in parts.items()}
         if of:
             figures["retrieval_accuracy"] = right / of
         if closer_of:
             figures["closer_to_true"] = closer / closer_of
         if ranked:
-            figures |= {"loss_rank": rank / steps, "ranked_right": ranked_right / ranked}
+            figures |= {"loss_rank": rank / contrasts, "ranked_right": ranked_right / ranked}
         return figures
 
 

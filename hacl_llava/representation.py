@@ -291,18 +291,23 @@ def graph_of_texts(model: Any) -> Iterator[None]:
         yield
 
 
-def generation(model: Any, rows: Rows, branches: Branches | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """LLaVA's own forward, then a pass over ``[BOS, image, suffix]`` (without BOS if so set), and one for each branch.
-
-    Returns:
-        loss_lm, 0-d: the mean over the batch's labels, 0 without any. e_v ``[B, D]``. With ``branches``, log p(caption
-        given image) ``[B, 1 + K]``, in nats, of all tokens of each; 0 where one is missing.
-    """
-    loss_lm = model.stock_class.forward(
+def caption_loss(model: Any, rows: Rows) -> Tensor:
+    """LLaVA's own forward: the mean over the batch's labels, 0-d, 0 without any."""
+    loss = model.stock_class.forward(
         model, inputs_embeds=rows.embeds, attention_mask=rows.mask, labels=rows.labels, use_cache=False
     ).loss
     # Of no label at all, as in a batch of masked rows, LLaVA's mean is NaN.
-    loss_lm = loss_lm.where((rows.labels[:, 1:] != IGNORE_INDEX).any(), torch.zeros_like(loss_lm))
+    return loss.where((rows.labels[:, 1:] != IGNORE_INDEX).any(), torch.zeros_like(loss))
+
+
+def generation(model: Any, rows: Rows, branches: Branches | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`caption_loss`, then a pass over ``[BOS, image, suffix]`` (without BOS if so set), and one for each branch.
+
+    Returns:
+        loss_lm, 0-d. e_v ``[B, D]``. With ``branches``, log p(caption
+        given image) ``[B, 1 + K]``, in nats, of all tokens of each; 0 where one is missing.
+    """
+    loss_lm = caption_loss(model, rows)
     first = torch.zeros_like(rows.first) if model.hacl_config.visual_bos else rows.first
     e_v = image(model, rows.embeds, first, rows.behind)
     return loss_lm, e_v, None if branches is None else likelihoods(model, rows.embeds, first, rows.behind, branches)

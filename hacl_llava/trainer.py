@@ -425,7 +425,7 @@ class HaclTrainer(ResumableTrainer):
         """After a step, for those that follow it; where nothing was found, again after the next."""
         done, of, head = self.state.global_step, max(self.state.max_steps, 1), self.model.hacl_head
         due = head.gradient_ratio is None or done % max(of // self.MEASURES, 1) == 0
-        if not due or done == self._measured or not self.model.hacl_config.ramp((done + 1) / of):
+        if not due or done == self._measured or not self.model.hacl_config.ramp(done / of):
             return
         self._measured = done
         # accelerate puts the first around the model's forward alone. The second: this takes more memory than a step.

@@ -192,13 +192,32 @@ def test_without_captions_it_is_stock_llava_bit_for_bit(mini):
     assert set(ga) == set(gb) and all(torch.equal(ga[k], gb[k]) for k in gb)
 
 
-def test_the_contrast_begins_late_rises_and_ends(mini):
-    model, tokenizer = load(mini, weight=2.0, start=0.3, end=0.9)
-    batch = batch_of(mini, model, tokenizer, range(4))
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
+def test_the_contrast_begins_late_rises_and_ends(mini, fused):
+    """Outside, a step is one pass of stock LLaVA's rows, and leaves heads, centre and queue as they were."""
+    model, tokenizer = load(mini, weight=2.0, start=0.3, end=0.9, fused=fused, centre=True, queue_size=8)
+    batch, passes = batch_of(mini, model, tokenizer, range(4)), []
+    stock = {k: v for k, v in batch.items() if k != "texts"}
+    loss = model(**stock).loss
+    loss.backward()
+    want = gradients(model)
+    run(model, batch)  # in which `fused` is checked
+    model.get_model().register_forward_hook(lambda m, args, out: passes.append(out[0].shape[:2]))
     for progress, weight in ((0.0, 0), (0.3, 0), (0.4, 1), (0.5, 2), (0.89, 2), (0.9, 0), (1.0, 0)):
         model.hacl_progress = progress
-        loss, lm, i2t, t2i, _ = run(model, batch)
-        assert loss == pytest.approx(lm + weight * (i2t + t2i) / 2, abs=1e-5)
+        kept = model.hacl_head.kept() | model.hacl_loss.queue_state()
+        passes.clear()
+        total, lm, *contrast, got = run(model, batch)
+        assert lm == pytest.approx(loss.item(), abs=1e-5)
+        assert total == pytest.approx(lm + weight * sum(contrast) / 2, abs=1e-5)
+        now = model.hacl_head.kept() | model.hacl_loss.queue_state()
+        same = now.keys() == kept.keys() and all(torch.equal(x, kept[k]) for k, x in now.items() if torch.is_tensor(x))
+        assert (len(passes) == 1) == same == (not contrast) == (not model.hacl_config.ramp(progress))
+        if same:
+            assert not any(g.any() for n, g in got.items() if "hacl_head" in n)
+            assert all(relative(got[n], g) < 1e-4 for n, g in want.items())
+    model.eval()  # evaluation measures it at any time
+    assert len(run(model, batch)) == 5
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
@@ -312,12 +331,12 @@ def test_row_cut_inside_or_behind_its_image(mini, records):
     # Cut behind the image: the longest rows lose words of their caption, and every row still counts.
     model.config.tokenizer_model_max_length = int(lengths.min()) + 1
     model(**batch)
-    assert model._hacl_sums[5] == 4
+    assert model._hacl_sums[7] == 4
     # Cut inside the image: no row is whole, and the step still runs.
     model.config.tokenizer_model_max_length = 6
     model.reset_hacl_metrics()
     loss = model(**batch).loss
-    assert model._hacl_sums[5] == 0 and torch.isfinite(loss)
+    assert model._hacl_sums[7] == 0 and torch.isfinite(loss)
     loss.backward()
     assert not model.hacl_head.visual.weight.grad.any()
 
@@ -328,7 +347,7 @@ def test_two_images_in_a_row_are_masked(mini):
     batch["input_ids"][1, 2] = -200
     batch["images"] = torch.cat([batch["images"], batch["images"][:1]])
     model(**batch)
-    assert model._hacl_sums[5] == 2
+    assert model._hacl_sums[7] == 2
 
 
 def test_batch_without_any_image_gives_zero_contrast_and_all_gradients(mini, records):

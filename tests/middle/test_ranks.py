@@ -132,6 +132,9 @@ def engine_worker(rank, world, paths, rows, folder):
             recompute(model.get_model(), 1)
         step = ddp_engine(model) if engine == "ddp" else deepspeed_engine(model, engine)
         grads, order = {}, {}
+        settings, model.hacl_config = model.hacl_config, dataclasses.replace(model.hacl_config, start=0.5)
+        grads["before the start"] = step(per_step[next(iter(STEPS))], guard)
+        model.hacl_config = settings
         for key, batches in per_step.items():
             ran.clear()
             grads[key], order[key] = step(batches, guard), list(ran)
@@ -199,6 +202,15 @@ def test_gradients_equal_one_process(two_ranks, one_process, engine, step):
         assert (
             differ(two_ranks[0][0][engine][0][step], mean(*(one_process(m, joined=True) for m in STEPS[step]))) > 1e-3
         )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_before_the_contrast_begins_heads_have_a_gradient_of_0(two_ranks, one_process, engine):
+    want = mean(*(one_process(micro, contrast=False) for micro in next(iter(STEPS.values()))))
+    for rank in two_ranks[0]:
+        got = rank[engine][0]["before the start"]
+        assert set(got) == set(want) and not any(got[n].any() for n in got if "hacl_head" in n)
+        assert differ(got, {n: g for n, g in want.items() if "hacl_head" not in n}) < 1e-4
 
 
 @pytest.mark.parametrize("engine", ENGINES)

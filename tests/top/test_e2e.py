@@ -56,7 +56,8 @@ def check_stage1(said, folder, stage, heads="hacl_head 2,081, "):
     # 64 -> 64 -> 64 projector with biases; two heads 64 -> 16, and the temperature
     assert f"trained: {heads}mm_projector 8,320" in line
     log = log_of(folder)
-    assert len(log) == 2 and all(set(x) >= PARTS for x in log)  # 32 images, 8 a rank
+    parts = [PARTS if x["hacl_scale"] else {"loss_lm"} for x in log]
+    assert len(log) == 2 and log[-1]["hacl_scale"] and all(set(x) >= p for x, p in zip(log, parts))  # 32 images
     projector = torch.load(folder / "mm_projector.bin", weights_only=True)
     assert {k: list(v.shape) for k, v in projector.items()} == PROJECTOR
     assert (folder / "hacl_head.safetensors").exists()
