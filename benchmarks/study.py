@@ -54,6 +54,11 @@ RAW = {"smollm2": BARE | {"representation": "prompt"}, "miniature": BARE}
 CHOSEN = {"early, rules, random": "random", "early, rules, blind": "blind"}
 
 
+def flags_of(settings):
+    """Of an arm's settings those that are HACL's."""
+    return {k: v for k, v in settings.items() if k != "micro_batch"}
+
+
 def centred(size):
     return RAW[size] | {"centre": True}
 
@@ -71,6 +76,8 @@ def arms_of(size):
         "early, K = 0": early | none,
         "early, weight 0.03": early | {"weight": 0.03},
         "early, batch": early | {"negatives": "batch"},
+        "early, among 4": early | {"micro_batch": 4},  # of the batch, only three other captions beside each image
+        "early, among 4, K = 0": early | none | {"micro_batch": 4},
         "late": late,
         "late, K = 0": late | none,
         "late, weight 0.1": late | {"weight": 0.1},
@@ -159,7 +166,10 @@ def rewritten(of, choice):
 
 def train(folder, numbers, of, data, output, settings, steps, seed):
     """Stage 1 on ``data``, with HACL's ``settings`` or None."""
+    among = (settings or {}).get("micro_batch", numbers["batch"])
     flags = {
+        "per_device_train_batch_size": among,
+        "gradient_accumulation_steps": numbers["batch"] // among,
         "version": "plain",
         "data_path": data,
         "tune_mm_mlp_adapter": True,
@@ -171,7 +181,7 @@ def train(folder, numbers, of, data, output, settings, steps, seed):
         "use_hacl": settings is not None,
         "hacl_text_cache": folder / "texts",
         **({"hacl_num_hallucinated": 2} if settings is not None else {}),
-        **{f"hacl_{k}": v for k, v in (settings or {}).items()},
+        **{f"hacl_{k}": v for k, v in flags_of(settings or {}).items()},
     }
     start([sys.executable, ROOT / "scripts/pretrain_hacl.py"], folder, numbers, of, output, seed, flags)
 
@@ -231,7 +241,7 @@ def measure(folder, size, of, output, settings):
 
     loaded = load_pretrained(output, folder / "llm", dtype=DTYPES[SIZES[size]["bf16"]])
     items, _, _ = representations.sample_records(of / "heldout.json", SIZES[size]["held_out"], 0)
-    config = HaclConfig(**(settings or centred(size)))  # plain: as the arms without heads look at it
+    config = HaclConfig(**flags_of(settings or centred(size)))  # plain: as the arms without heads look at it
     found = representations.extract(loaded, items, of / "images", config)
     v, t, h = found.spaces["head" if config.head_dim else "centred"]
     kinds = [kind for item in items for kind in item.kinds]
