@@ -950,7 +950,11 @@ def main():
     path = args.output / f"step-{args.name or args.device}"
     if args.counted:
         before = json.loads(path.with_suffix(".json").read_text())
-        report |= {"device": before["device"], "parts": before["parts"][:2], "timed": before["provenance"]}
+        report |= {
+            "device": before["device"],
+            "parts": before["parts"][:2],
+            "timed": before.get("timed", before["provenance"]),
+        }
     for checkpointing in () if args.counted else (True, False):
         words = "with" if checkpointing else "without"
         part = {

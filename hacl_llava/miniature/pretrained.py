@@ -4,8 +4,9 @@
 
 A frozen LLM that has read nothing but text does not come to read images in the minutes that a miniature has. This one
 has also read captions behind "bundles": nine vectors, one for each cell of a scene, each the sum of the embeddings of
-the words for what is there. So it can read vectors that mean several words at once, which a projector can find. And its
-state at EOS tells texts apart that differ in one detail, as text embeddings of real LLMs do. It has seen no image.
+the words for what is there; and questions about what is there, with "Yes" or "No". So it can read vectors that mean
+several words at once, which a projector can find, and it knows what a question asks. And its state at EOS tells texts
+apart that differ in one detail, as text embeddings of real LLMs do. It has seen no image.
 """
 
 import argparse
