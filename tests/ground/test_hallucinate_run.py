@@ -455,7 +455,7 @@ def test_a_full_disk(tmp_path):
 def test_a_worker_that_is_killed_ends_the_run_in_words(tmp_path):
     source, out = tmp_path / "in.json", tmp_path / "out.json"
     captions = [r["conversations"][1]["value"] for r in load(COCO)]
-    write(source, [record(i, captions[i % len(captions)]) for i in range(30_000)])
+    write(source, [record(i, captions[i % len(captions)]) for i in range(6_000)])
     process = subprocess.Popen([*COMMAND, source, out, "--workers", "2"], stdout=-3, stderr=subprocess.PIPE, text=True)
     workers, until = [], time.monotonic() + 120
     while time.monotonic() < until and not workers:
