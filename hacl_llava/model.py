@@ -181,6 +181,8 @@ class HaclMixin:
             self.hacl_fused = fused.check(self, rows.embeds.device)
         passes = fused if self.hacl_fused else representation
         if self.hacl_rests():
+            if self.hacl_text_cache is not None:
+                self.hacl_text_cache.check(self, passes.texts, rows.embeds.device)
             loss_lm = passes.caption_loss(self, rows)
             self._keep(loss_lm)
             return CausalLMOutputWithPast(loss=loss_lm + self._nothing_of_heads(rows.embeds))
@@ -295,11 +297,10 @@ class HaclMixin:
     @torch.no_grad()
     def _keep(self, loss_lm, features=None, parts=None, seen=None):
         """For the guard, whether all of this rank was finite; for the log, the sums."""
-        features, one = features or {}, torch.ones_like(loss_lm)
+        found, one = {**(features or {}), **(parts or {})}, torch.ones_like(loss_lm)
         names = "image_features", "text_features", "hallucination_features"
-        own = [loss_lm, seen, *(features.get(name) for name in names)]
+        own = [loss_lm, seen, *(found.get(name) for name in names)]
         self.hacl_own_finite = torch.stack([torch.isfinite(x).all() for x in own if x is not None]).all()
-        found = {**(parts or {}), "temperature": features.get("temperature")} if parts else {}
         sums = [loss_lm, one, one if parts else 0 * one, *(found.get(name, 0 * one) for name in self._SUMS)]
         sums = torch.stack([s.detach().double() for s in sums])
         sums = sums.where(torch.isfinite(sums).all(), torch.zeros_like(sums))  # or the means would never recover

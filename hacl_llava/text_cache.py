@@ -81,6 +81,11 @@ class TextCache:
         nothing = torch.ones_like(known[wanted[0]]) if wanted else torch.ones(model.config.hidden_size)
         return torch.stack([known.get(text, nothing) for text in texts]).to(device)
 
+    def check(self, model: Any, encode: Encode, device: torch.device) -> None:
+        """Raise now what `states` would of the file, for a run that asks for none yet: not hours later. Once."""
+        if self._digest is None:
+            self._compare(model, encode, device)
+
     def _look_up(self, texts):
         found = {}
         with self._database() as database:

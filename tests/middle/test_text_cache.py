@@ -103,6 +103,11 @@ def test_control_what_another_llm_or_suffix_gives_is_never_used(mini, tmp_path):
     refused = "its states are of an LLM with other weights.*another folder"
     with pytest.raises(HaclError, match=f"{tmp_path / FILE}: {refused}"):
         TextCache(tmp_path).states(model, packed, fused.texts)
+    late, tokenizer = load(mini, start=0.5)  # refused in its first step, in which it asks for no text
+    late.load_state_dict(model.state_dict())
+    late.hacl_text_cache = TextCache(tmp_path)
+    with pytest.raises(HaclError, match=refused):
+        late(**batch_of(mini, late, tokenizer))
 
     def beside_another_run(model, packed):
         TextCache(tmp_path / "late").states(load(mini)[0], packed, fused.texts)
