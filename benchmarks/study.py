@@ -239,9 +239,9 @@ def measure(folder, size, of, output, settings):
     from hacl_llava.evaluation import measures, representations
     from hacl_llava.evaluation.captions import embeds_of, greedy, likelihoods
 
-    loaded = load_pretrained(output, folder / "llm", dtype=DTYPES[SIZES[size]["bf16"]])
-    items, _, _ = representations.sample_records(of / "heldout.json", SIZES[size]["held_out"], 0)
     config = HaclConfig(**flags_of(settings or centred(size)))  # plain: as the arms without heads look at it
+    loaded = load_pretrained(output, folder / "llm", dtype=DTYPES[SIZES[size]["bf16"]], hacl=config.head_dim != 0)
+    items, _, _ = representations.sample_records(of / "heldout.json", SIZES[size]["held_out"], 0)
     found = representations.extract(loaded, items, of / "images", config)
     v, t, h = found.spaces["head" if config.head_dim else "centred"]
     kinds = [kind for item in items for kind in item.kinds]
