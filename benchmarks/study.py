@@ -73,7 +73,7 @@ def arms_of(size):
         "eos": EOS,  # heads, learnt temperature, weight 1
         "early, raw": RAW[size],
         "early": early,
-        "early, K = 0": early | none,
+        **{f"early, K = {k}": early | {"num_hallucinated": k} for k in (0, 1, 4)},
         "early, weight 0.03": early | {"weight": 0.03},
         "early, batch": early | {"negatives": "batch"},
         "early, among 4": early | {"micro_batch": 4},  # of the batch, only three other captions beside each image
@@ -431,7 +431,8 @@ def draw(results, arms, path):
 def differences(results, arms, figures):
     """Rows of an arm less another, with two seeds or more of both: less plain, and hallucinated captions less none."""
     found = {(r["arm"], r["steps"], r["seed"]): r for r in results}
-    pairs = [(arm, "plain") for arm in list(arms)[1:]] + [(arm, f"{arm}, K = 0") for arm in arms] + [[*CHOSEN][::-1]]
+    pairs = [(arm, "plain") for arm in list(arms)[1:]] + [[*CHOSEN][::-1]]
+    pairs += [(arm, f"{arm.split(', K =')[0]}, K = 0") for arm in arms if not arm.endswith("K = 0")]
     for steps in sorted({r["steps"] for r in results}):
         for arm, other in pairs:
             both = [
