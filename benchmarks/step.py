@@ -922,6 +922,7 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
     args = parser.parse_args()
     globals()["VISUAL"] = args.visual
+    args.output.mkdir(parents=True, exist_ok=True)  # now, not once all is measured
     if args.layers:
         report = count_layers(args.count) | {"provenance": provenance(seed=SEED)}
         write_json(args.output / "checkpointing.json", report)
