@@ -826,9 +826,9 @@ def of_a_run(steps):
     if not all(steps.get(name) for name in (OURS, PROMPTED, RESTING)):
         return []
     share, found = PRESETS["default"]["start"], []
-    for what, of in (("time", lambda row: row["to_stock"][1]), ("FLOPs", lambda row: row["flops"])):
-        if all(key in steps[OURS] for key in {"time": ["to_stock"], "FLOPs": ["flops"]}[what]):
-            ours, prompted, resting, stock = (of(steps[name]) for name in (OURS, PROMPTED, RESTING, STOCK))
+    for what, key, value in (("time", "to_stock", lambda quartiles: quartiles[1]), ("FLOPs", "flops", float)):
+        if key in steps[OURS]:
+            ours, prompted, resting, stock = (value(steps[name][key]) for name in (OURS, PROMPTED, RESTING, STOCK))
             mean = share * resting + (1 - share) * prompted
             found.append(f"{what} {mean / stock:.3f} of A, {mean / ours:.3f} of C")
     return ["", f"The defaults' mean step, {share:.0%} S and the others P: {'; '.join(found)}."]
@@ -951,11 +951,8 @@ def main():
     path = args.output / f"step-{args.name or args.device}"
     if args.counted:
         before = json.loads(path.with_suffix(".json").read_text())
-        report |= {
-            "device": before["device"],
-            "parts": before["parts"][:2],
-            "timed": before.get("timed", before["provenance"]),
-        }
+        timed_by = before.get("timed", before["provenance"])
+        report |= {"device": before["device"], "parts": before["parts"][:2], "timed": timed_by}
     for checkpointing in () if args.counted else (True, False):
         words = "with" if checkpointing else "without"
         part = {

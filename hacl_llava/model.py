@@ -319,8 +319,8 @@ class HaclMixin:
             ``loss_lm``, ``loss_i2t``, ``loss_t2i``, ``temperature``, ``retrieval_accuracy`` (share of images whose
             caption is the closest of the batch's) and ``closer_to_true`` (share of images closer to their caption than
             to each of their hallucinated ones), and where captions are ranked ``loss_rank`` and ``ranked_right``, the
-            share of images that speak most for their own; empty before the first HACL step, and without the shares
-            that had nothing to count.
+            share of images that speak most for their own; empty before the first HACL step, without the shares
+            that had nothing to count, and ``loss_lm`` alone where no step had a contrast (`hacl_rests`).
         """
         if self._hacl_sums is None:  # on all ranks alike, since they run the same steps
             return {}
