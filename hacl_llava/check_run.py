@@ -15,6 +15,7 @@ import torch
 from .common.weights import CheckpointError, Weights, first_line, is_whole, read_json
 from .compat import STATE_FILE
 from .config import HaclConfig, HaclError, RunSettings, on_first_rank
+from .representation import read_head
 from .resume import ranks_of
 from .run import Run
 
@@ -434,14 +435,20 @@ def image_folder(run: Run) -> str | None:
 
 
 def earlier_stage1(run: Run) -> str | None:
-    """Checkpoints in it that only look like ones of stage 1 to go on from."""
-    if run.model.tune_mm_mlp_adapter:
-        for folder in run.checkpoints:
-            if not (folder / STATE_FILE).exists():
-                return (
-                    f"{folder}: is not of a stage 1 that can be gone on from (stock LLaVA keeps the projector and no "
-                    "optimizer). Give another --output_dir, or remove it to start anew."
-                )
+    """Checkpoints in it that only look like ones of stage 1 to go on from, or are of one with another contrast."""
+    for folder in run.checkpoints if run.model.tune_mm_mlp_adapter else ():
+        if not (folder / STATE_FILE).exists():
+            return (
+                f"{folder}: is not of a stage 1 that can be gone on from (stock LLaVA keeps the projector and no "
+                "optimizer). Give another --output_dir, or remove it to start anew."
+            )
+        begun, flags = read_head(folder), None
+        if (begun is not None) != run.model.use_hacl:
+            flags = f"--use_hacl {begun is not None}"
+        elif begun:
+            flags = begun.config.flags_to_go_on(HaclConfig.from_arguments(run.model))
+        if flags:
+            return f"{folder}: is of a run that was begun with {flags}; give that to go on, or another --output_dir."
     return None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -167,6 +168,15 @@ class HaclConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, for json."""
         return asdict(self)
+
+    def flags_to_go_on(self, now: "HaclConfig") -> str | None:
+        """The flags without which a run begun with these settings cannot go on, all that differ from ``now``; None
+        where it can: neither what is contrasted nor what trains is another."""
+        needed = "representation", "prompt", "centre", "head_dim", "learnable_temperature"
+        if all(getattr(self, name) == getattr(now, name) for name in needed):
+            return None
+        then, now = self.to_dict(), now.to_dict()
+        return " ".join(f"--hacl_{k} {shlex.quote(str(v))}" for k, v in then.items() if v != now[k])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from test_loading import write_shards
 from hacl_llava import check_run
 from hacl_llava.check_run import CHECKS
 from hacl_llava.compat import STATE_FILE
-from hacl_llava.config import HaclError
+from hacl_llava.config import HaclConfig, HaclError
 from hacl_llava.run import Run
 
 
@@ -341,6 +341,16 @@ def test_an_output_folder_with_another_kind_of_run(run, tmp_path, monkeypatch):
     assert "is not of a stage 1 that can be gone on from" in check_run.earlier_stage1(run(1))
     assert check_run.earlier_stage1(run(2)) is None and "not of stage 2" in check_run.earlier_stage2(run(2))
     (out / "checkpoint-3" / STATE_FILE).write_text("")
+    assert "was begun with --use_hacl False; give that to go on" in check_run.earlier_stage1(run(1))
+    assert check_run.earlier_stage1(run(1, use_hacl=False)) is None
+    begun = HaclConfig(prompt="it's a", queue_size=7, representation="prompt")
+    save_file({}, out / "checkpoint-3/hacl_head.safetensors", {"hacl": json.dumps(begun.to_dict())})
+    assert "begun with --use_hacl True; " in check_run.earlier_stage1(run(1, use_hacl=False))
+    flags = {f"hacl_{k}": v for k, v in begun.to_dict().items()}
+    assert check_run.earlier_stage1(run(1, **flags)) is None
+    assert check_run.earlier_stage1(run(1, **flags | {"hacl_queue_size": 0})) is None  # `resume.differences` says it
+    said = check_run.earlier_stage1(run(1, **flags | {"hacl_queue_size": 0, "hacl_prompt": "a word", "hacl_weight": 2}))
+    assert """ --hacl_weight 1.0 --hacl_prompt 'it'"'"'s a' --hacl_queue_size 7; give that to go on""" in said
     checkpoint(out / "checkpoint-4", "adapter_config.json", "rng_state_0.pth", "rng_state_1.pth")
     lora = {"lora_enable": True}
     (out / "checkpoint-3").rename(tmp_path / "away")

@@ -138,7 +138,24 @@ def test_what_cannot_be_as_it_was_is_said(train, tmp_path, mini, records):
     assert log["global_step"] == 3 and log["epoch"] == 0.5  # 24 / 4 steps in one: the new batch size counts
 
     status, err = train(tmp_path / "out", "--max_steps", "4")  # with HACL: heads train too
-    assert status == 2 and "in which something else was trained (hacl_head.log_temperature" in err
+    assert status == 2 and "begun with --use_hacl False; give that to go on" in err
+
+
+@pytest.mark.once  # the order of the data is that of the transformers with which it was begun
+def test_a_run_of_the_first_version_goes_on(train, tmp_path):
+    """tests/data/begun-at-20bdd60: half of a run, and the log of that version's other half."""
+    begun = ROOT / "tests/data/begun-at-20bdd60"
+    want = [x for x in json.loads((begun / "trainer_state.json").read_text())["log_history"] if "loss" in x]
+    shutil.copytree(begun / "checkpoint-4", tmp_path / "out/checkpoint-4")
+    flags = ("--save_steps", "4", "--weight_decay", "0", "--hacl_queue_size", "12")
+    status, err = train(tmp_path / "out", *flags, "--hacl_preset", "default", "--hacl_representation", "prompt")
+    assert status == 2 and "begun with --hacl_representation eos; give that to go on, or another" in err
+    status, err = train(tmp_path / "out", *flags)
+    assert status == 0 and "warning" not in err, err
+    log = [x for x in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"] if "loss" in x]
+    assert len(log) == len(want) == 8
+    for got, old in zip(log, want):
+        assert {k: got[k] for k in old} == pytest.approx(old, rel=1e-5)
 
 
 def test_other_settings_are_said():
