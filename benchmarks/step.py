@@ -307,18 +307,18 @@ def by_loops(model, input_ids, attention_mask, labels, images, image_sizes=None)
     return fused._by_loops(model, input_ids, attention_mask, is_image, labels, images, image_sizes)
 
 
-def all_logits(model, rows, branches=None):
+def all_logits(model, rows):
     states = fused.shared_pass(model, rows)
     logits = model.lm_head(states[:, :-2]).float()
     loss = F.cross_entropy(logits.flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
-    return loss, states[:, -1], None
+    return loss, states[:, -1]
 
 
-def two_passes(model, rows, branches=None):
+def two_passes(model, rows):
     loss_lm = few_logits(model, rows, hidden(model, rows.embeds, rows.mask))
     visual = torch.cat([rows.embeds[:, : 1 + VISUAL], suffix(model, rows.embeds)], dim=1)
     seen = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
-    return loss_lm, hidden(model, visual, seen)[:, -1], None
+    return loss_lm, hidden(model, visual, seen)[:, -1]
 
 
 ONE_SPLICE = "one splice"

@@ -67,7 +67,6 @@ def arms_of(size):
     """{arm: its settings; None without HACL}. On SmolLM2 *late* is what the flags' defaults are."""
     early = centred(size)
     late, none = early | {"start": 0.3, "weight": 0.05}, {"num_hallucinated": 0}
-    ranking = EOS | {"weight": 0.0, "ranking": 1.0, "start": 0.3, "gradient_share": 0.2, "head_dim": 0}
     arms = {
         "plain": None,
         "eos": EOS,  # heads, learnt temperature, weight 1
@@ -83,7 +82,6 @@ def arms_of(size):
         "late, weight 0.1": late | {"weight": 0.1},
         "later, weight 0.1": early | {"start": 0.5},
         "late, raw": late | {"centre": False},
-        "ranking, share 0.2": ranking,
     }
     return arms | (dict.fromkeys(CHOSEN, early) if size == "miniature" else {})
 

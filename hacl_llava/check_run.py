@@ -100,15 +100,13 @@ def deepspeed_config(run: Run) -> str | None:
     return None
 
 
-def frozen_llm(run: Run) -> str | None:
-    """``--hacl_text_cache`` keeps what is constant, and ``--hacl_gradient_share`` measures beside a step: both are for
-    an LLM that is frozen, and whole on each rank."""
+def text_cache(run: Run) -> str | None:
+    """``--hacl_text_cache`` keeps what is constant: it is for an LLM that is frozen, and whole on each rank."""
     model, folder = run.model, RunSettings.from_arguments(run.model).text_cache
-    share = getattr(model, "hacl_gradient_share", 0)
-    flag = f"--hacl_text_cache {folder}" if folder else f"--hacl_gradient_share {share:g}"
-    if not model.use_hacl or not (folder or share):
+    flag = f"--hacl_text_cache {folder}"
+    if not model.use_hacl or not folder:
         return None
-    if folder and Path(folder).exists() and not Path(folder).is_dir():
+    if Path(folder).exists() and not Path(folder).is_dir():
         return f"{flag}: is a file; give a folder."
     frozen = model.tune_mm_mlp_adapter or getattr(model, "freeze_backbone", False)
     if not frozen or run.training.lora_enable or model.mm_use_im_start_end:
@@ -472,7 +470,7 @@ def earlier_stage2(run: Run) -> str | None:
 
 
 CHECKS: tuple[Callable[[Run], str | None], ...] = (
-    *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config, frozen_llm),
+    *(settings, stage, template, vision_tower, name_of_an_mpt_model, processes, deepspeed_config, text_cache),
     *(something_to_learn, checkpoint_layers),
     *(language_model, context, tower, image_features, projector),
     *(image_folder, output_folder, earlier_stage1, earlier_stage2),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # the released code's
 RAMP = 0.2  # share of a run over which the contrast's weight rises where it begins late
+GONE = ("gradient_share", "ranking")  # settings of earlier versions, 0 where they were not used
 NEGATIVES = Literal["own", "batch", "global"]
 REPRESENTATION = Literal["eos", "prompt"]
 CHECK_DATA = Literal["fast", "full", "off"]
@@ -70,15 +71,6 @@ class HaclConfig:
         "Share of the run before the contrast begins; its weight then rises over a fifth of the run. 0: at once.",
     )
     end: float = _setting(1.0, "Share of the run after which there is none.")
-    gradient_share: float = _setting(
-        0.0,
-        "Most that HACL's gradient may be of the caption loss's, by norm at the projector; 0: no limit.",
-    )
-    ranking: float = _setting(
-        0.0,
-        "Weight of a further loss: of an image's captions, the LM is to find its own likelier than the hallucinated "
-        "ones, each beside its likelihood without the image. 0: none.",
-    )
     num_hallucinated: int = _setting(
         -1,
         "Hallucinated captions used per image: -1 all, 0 none (contrast with captions only), K the first K.",
@@ -105,7 +97,6 @@ class HaclConfig:
     def __post_init__(self) -> None:
         low, high = TEMPERATURE_RANGE
         choices = {"negatives": NEGATIVES.__args__, "representation": REPRESENTATION.__args__}
-        inf = float("inf")
         checks = (
             ("weight", self.weight >= 0, "a number >= 0 (1.0 is the paper's)"),
             (
@@ -121,13 +112,6 @@ class HaclConfig:
                 self.start < self.end <= 1,
                 f"a share of the run, more than hacl_start ({self.start:g}), at most 1",
             ),
-            ("ranking", 0 <= self.ranking < inf, "a number >= 0 (0: no such loss)"),
-            (
-                "ranking",
-                not self.ranking or self.num_hallucinated,
-                "0 while hacl_num_hallucinated is 0: there is nothing to rank",
-            ),
-            ("gradient_share", 0 <= self.gradient_share < inf, "a number >= 0 (0: no limit; 0.3: three tenths)"),
             ("num_hallucinated", self.num_hallucinated >= -1, "-1 (all) or a number >= 0"),
             ("queue_size", self.queue_size >= 0, "0 (no queue) or a number > 0 (16384 is the paper's)"),
             ("head_dim", self.head_dim >= -1, "-1 (a quarter of the hidden size), 0 (no heads) or a number > 0"),
@@ -159,11 +143,12 @@ class HaclConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HaclConfig":
-        """Rebuild from ``to_dict``; keys that this version does not know are refused by name."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise HaclError(f"unknown HACL settings {unknown}; known are {[f.name for f in fields(cls)]}.")
-        return cls(**values)
+        """Rebuild from ``to_dict``; keys that this version does not know are refused by name, unless they say that
+        something was not used."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(k for k, v in values.items() if k not in known and not (k in GONE and v == 0)):
+            raise HaclError(f"unknown HACL settings {unknown}; known are {known}.")
+        return cls(**{k: v for k, v in values.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, for json."""

@@ -16,7 +16,7 @@ from . import compat  # noqa: F401  (before llava)
 from .common import jsonl
 from .common.images import image_path, size_problem
 from .config import HaclConfig, RunSettings, on_first_rank
-from .packing import branch, pack
+from .packing import pack
 from .records import (
     DataError,
     Records,
@@ -371,8 +371,7 @@ class HaclDataset(GuardedDataset):
     """LLaVA's records with ``caption_ids`` and ``hallucinated_ids`` beside ``input_ids``, ``labels``, ``image``.
 
     K, the number of hallucinated captions, is that of the record with most (at most ``hacl_num_hallucinated``),
-    so that every batch on every rank has the same number of rows. ``ranks``: whether captions are ranked.
-    ``data_args.hacl`` is the `HaclConfig`.
+    so that every batch on every rank has the same number of rows. ``data_args.hacl`` is the `HaclConfig`.
     """
 
     def __init__(self, data_path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, data_args: Any) -> None:
@@ -382,12 +381,6 @@ class HaclDataset(GuardedDataset):
         found = [(_number_of_hallucinated(r), isinstance(r, dict) and "image" in r) for r in self.list_data_dict]
         found, images = zip(*found)
         self.num_hallucinated = max(found) if limit < 0 else min(limit, max(found))
-        self.ranks = config.ranking > 0
-        if self.ranks and not self.num_hallucinated:
-            raise DataError(
-                f"{data_path}: no record has hallucinated captions, and --hacl_ranking {config.ranking:g} ranks them; "
-                "make some with hacl-llava hallucinate, or leave the flag out."
-            )
         images, with_captions = sum(images), sum(n > 0 for n in found)
         if on_first_rank():
             print(
@@ -435,27 +428,16 @@ class HaclCollator:
     """LLaVA's collator, and ``texts``: the batch's captions, then its hallucinated captions, as `packing.PackedTexts`.
 
     The place of each text's last token is kept: a literal ``</s>`` inside a caption does no harm.
-
-    Args:
-        tokenizer: the run's. branches: lay captions out to be ranked, too. suffix: tokens behind each text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, branches: bool = False, suffix: Sequence[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.stock = stock.DataCollatorForSupervisedDataset(tokenizer=tokenizer)
-        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.start = (end if begin is None else begin) if branches else None
-        self.bare = slice(0 if begin is None else 1, -len(suffix) or None)  # of a text, what is between BOS and suffix
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         extra = ("caption_ids", "hallucinated_ids")
         batch = self.stock([{k: v for k, v in x.items() if k not in extra} for x in instances])
         hallucinated = [text for x in instances for text in x["hallucinated_ids"]]
-        texts = pack([*(x["caption_ids"] for x in instances), *hallucinated])
-        if self.start is not None:
-            rows = [[x["caption_ids"], *x["hallucinated_ids"]] for x in instances]
-            bare = [[None if text is None else text[self.bare] for text in row] for row in rows]
-            texts["branches"] = branch(bare, self.start)
-        return {**batch, "texts": texts}
+        return {**batch, "texts": pack([*(x["caption_ids"] for x in instances), *hallucinated])}
 
 
 class WithRecordIndices:
@@ -479,7 +461,7 @@ def make_hacl_data_module(tokenizer: PreTrainedTokenizerBase, data_args: Any) ->
     """In place of LLaVA's `make_supervised_data_module`: dataset, collator, and no evaluation set."""
     _say(ready(tokenizer))
     dataset = HaclDataset(data_args.data_path, tokenizer, data_args)
-    collator = WithRecordIndices(HaclCollator(tokenizer, dataset.ranks, dataset.suffix))
+    collator = WithRecordIndices(HaclCollator(tokenizer))
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 

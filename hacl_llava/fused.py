@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import representation
-from .packing import Branches, PackedTexts, Rows, branch, pack, splice
-from .representation import IGNORE_INDEX, embed, gain, graph_of_texts, hidden, suffix
+from .packing import PackedTexts, Rows, pack, splice
+from .representation import IGNORE_INDEX, embed, graph_of_texts, hidden, suffix
 
 IMAGE_TOKEN_INDEX = -200  # as llava.constants; where the image goes
 
@@ -85,45 +85,21 @@ def _span(first, behind, whole):
     return torch.where(whole, first, 0), torch.where(whole, behind, 1)
 
 
-def shared_pass(model: Any, rows: Rows, branches: Branches | None = None) -> Tensor:
-    """One pass for generation, e_v and the branches, which stand in further columns, as `continued` has them.
+def shared_pass(model: Any, rows: Rows) -> Tensor:
+    """One pass for generation and e_v: the suffix stands in S further columns behind the T of ``rows``. Each sees the
+    columns up to the row's image, that image, and the suffix up to itself; nothing else sees it.
 
     Returns:
-        Last-layer states ``[B, T + S + L, D]``; e_v is column T + S - 1.
+        Last-layer states ``[B, T + S, D]``; e_v is the last column.
     """
     end = suffix(model, rows.embeds)
-    group = torch.zeros(end.shape[:2], dtype=torch.long, device=end.device)
-    place = torch.arange(end.shape[1], device=end.device).expand_as(group)
-    if branches is not None:
-        end = torch.cat([end, embed(model, branches["ids"]).to(end.dtype)], dim=1)
-        group = torch.cat([group, _group(branches)], dim=1)
-        place = torch.cat([place, branches["positions"]], dim=1)
-    return continued(model, rows, end, group, place)
-
-
-def _group(branches):
-    return torch.where(branches["owner"] < 0, -1, branches["owner"] + 1)
-
-
-def continued(model: Any, rows: Rows, tokens: Tensor, group: Tensor, place: Tensor) -> Tensor:
-    """A pass with n further columns behind the T of ``rows``: each sees the columns up to the row's image, that image,
-    and those of its own group that are not behind it; nothing else sees it.
-
-    Args:
-        tokens: ``[B, n, D]``. group: ``[B, n]``. place: ``[B, n]``, how far behind the image a column stands: the one
-            right behind it is 0.
-
-    Returns:
-        ``[B, T + n, D]``.
-    """
-    (B, n), T = group.shape, rows.mask.shape[1]
-    every = torch.arange(T + n, device=tokens.device)
-    held = F.pad(rows.mask.bool(), (0, n), value=True)[:, None].expand(-1, T, -1)
-    before = (every[:T] < rows.behind[:, None])[:, None].expand(-1, n, -1)
-    own = torch.cat([before, group[:, :, None] == group[:, None, :]], dim=2)
-    sees = torch.cat([held, own], dim=1) & (every[None, :] <= every[:, None])
-    positions = torch.cat([every[:T].expand(B, -1), rows.behind[:, None] + place], dim=1)
-    return hidden(model, torch.cat([rows.embeds, tokens], dim=1), sees[:, None], positions)
+    (B, T), S = rows.mask.shape, end.shape[1]
+    every = torch.arange(T + S, device=end.device)
+    held = F.pad(rows.mask.bool(), (0, S), value=True)[:, None].expand(-1, T, -1)
+    before = F.pad(every[:T] < rows.behind[:, None], (0, S), value=True)[:, None].expand(-1, S, -1)
+    sees = torch.cat([held, before], dim=1) & (every[None, :] <= every[:, None])
+    positions = torch.cat([every[:T].expand(B, -1), rows.behind[:, None] + every[:S]], dim=1)
+    return hidden(model, torch.cat([rows.embeds, end], dim=1), sees[:, None], positions)
 
 
 def caption_loss(model: Any, rows: Rows, states: Tensor | None = None) -> Tensor:
@@ -140,31 +116,10 @@ def caption_loss(model: Any, rows: Rows, states: Tensor | None = None) -> Tensor
     return loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
-def generation(model: Any, rows: Rows, branches: Branches | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def generation(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
     """As `representation.generation`, in one pass."""
-    states = shared_pass(model, rows, branches)
-    first = rows.mask.shape[1] + len(model.hacl_suffix)
-    seen = None if branches is None else likelihoods(model, states, rows.behind - 1, first, branches)
-    return caption_loss(model, rows, states), states[:, first - 1], seen
-
-
-def likelihoods(model: Any, states: Tensor, last: Tensor, first: int, branches: Branches) -> Tensor:
-    """``[B, 1 + K]`` of branches whose columns begin at ``first``, behind column ``last`` ``[B]``."""
-    ids, owner, L = branches["ids"], branches["owner"], branches["ids"].shape[1]
-    columns = torch.where(branches["positions"] == 0, last[:, None], first - 1 + torch.arange(L, device=ids.device))
-    gains = gain(model, states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1])), ids)
-    sums = gains.new_zeros(branches["lengths"].shape)
-    return sums.scatter_add(1, owner.clamp(min=0), gains.masked_fill(owner < 0, 0))
-
-
-@torch.no_grad()
-def blind(model: Any, branches: Branches) -> Tensor:
-    """As `representation.blind`, in one pass."""
-    start, tokens = embed(model, branches["start"]), embed(model, branches["ids"])
-    one = torch.ones_like(branches["start"])
-    rows = Rows(start, one.bool(), one, one, one[:, 0] - 1, one[:, 0], one[:, 0].bool())
-    states = continued(model, rows, tokens, _group(branches), branches["positions"])
-    return likelihoods(model, states, one[:, 0] - 1, 1, branches)
+    states = shared_pass(model, rows)
+    return caption_loss(model, rows, states), states[:, -1]
 
 
 def texts(model: Any, packed: PackedTexts) -> Tensor:
@@ -217,7 +172,6 @@ def _problem(model, device):
     ids = torch.randint(3, model.config.vocab_size, (2, 9), generator=generator)
     end = torch.tensor(model.hacl_suffix)
     packed = {name: x.to(device) for name, x in pack([torch.cat([t, end]) for t in (ids[0], ids[1, :7])]).items()}
-    sides = {name: x.to(device) for name, x in branch([(ids[1, :3], ids[0, :6]), (ids[0, :2], None)], 5).items()}
     embeds, mask = embed(model, ids.to(device)), torch.ones(2, 9, dtype=torch.bool, device=device)
     mask[1, 7:] = False
     first, behind = torch.zeros(2, dtype=torch.long, device=device), torch.tensor([5, 4], device=device)
@@ -225,19 +179,15 @@ def _problem(model, device):
     plain = hidden(model, embeds, mask)
     alone = representation.image(model, embeds, first, behind)
     apart = representation.texts(model, packed)
-    told = representation.likelihoods(model, embeds, first, behind, sides)
     try:
-        states, together = shared_pass(model, rows, sides), texts(model, packed)
-        columns = mask.shape[1] + len(end)
-        at_once = likelihoods(model, states, behind - 1, columns, sides)
+        states, together = shared_pass(model, rows), texts(model, packed)
     except Exception as error:  # an attention implementation that refuses the mask
         return f"{type(error).__name__}: {error}"
 
     def difference(a, b):
         return ((a - b).float().norm() / b.float().norm().clamp(min=1e-9)).item()
 
-    pairs = (states[:, columns - 1], alone), (states[:, : mask.shape[1]][mask], plain[mask]), (together, apart)
-    pairs += ((at_once, told),)
+    pairs = (states[:, -1], alone), (states[:, : mask.shape[1]][mask], plain[mask]), (together, apart)
     found = max(difference(*pair) for pair in pairs)
     allowed = allowed_difference(embeds.dtype)
     if found <= allowed:

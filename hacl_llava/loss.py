@@ -179,35 +179,6 @@ def _figures(to_text, valid, target, sample_mask, own, h_mask):
     }
 
 
-def ranking_loss(
-    seen: torch.Tensor, blind: torch.Tensor, mask: torch.Tensor, sample_mask: torch.Tensor, gather: bool = True
-) -> dict[str, torch.Tensor]:
-    """Whether an image speaks for its caption rather than for its hallucinated ones, in the language model's own words.
-
-    ``loss`` = -mean log softmax(s)_0 over the captions of an image, s = log p(caption given image) - log p(caption):
-    the contrast of HACL's L_v with what the model says in place of representations. It aims at the hallucination
-    itself; likelihoods are ranked so in fine-tuning by others (HALVA, arXiv 2405.18654).
-
-    Args:
-        seen: ``[B, 1 + K]`` log p(caption given image), the image's own caption first. blind: ``[B, 1 + K]``
-            log p(caption). mask: ``[B, 1 + K]`` bool, False where a caption is missing. sample_mask: ``[B]`` bool, rows
-            that count; one without a hallucinated caption does not. gather: as in `hacl_loss`.
-
-    Returns:
-        ``loss``, with gradient, normalised as in `hacl_loss`; ``ranked_right`` of ``ranked``, without: the images, on
-        this rank, that speak most for their own caption.
-    """
-    counts = sample_mask & mask[:, 0] & mask[:, 1:].any(1)
-    scores = (seen - blind.detach()).float().masked_fill(~mask, torch.finfo(torch.float32).min)
-    losses = F.cross_entropy(scores, torch.zeros_like(counts, dtype=torch.long), reduction="none")
-    total, world = counts.sum(), _world()[1] if gather else 1
-    if world > 1:
-        dist.all_reduce(total)
-    loss = losses.masked_fill(~counts, 0).sum() * world / total.clamp(min=1)
-    right = (scores[:, :1] > scores[:, 1:]).all(1) & counts
-    return {"loss": loss, "ranked_right": right.sum(), "ranked": counts.sum()}
-
-
 class HaclLoss(nn.Module):
     """`hacl_loss` with a queue of past image and caption features (arXiv 2312.06968 uses 16,384 of them).
 
@@ -229,14 +200,10 @@ class HaclLoss(nn.Module):
         self.negatives, self.gather, self.queue_size = negatives, gather, queue_size
         self._queue, self._position = None, 0
 
-    def parts(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`hacl_loss` of features, masks and temperature, with these settings; the queue stays as it is."""
-        own = {"negatives": self.negatives, "gather": self.gather, "queue": self._queue}
-        return hacl_loss(*args, **kwargs, **own)
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """`parts`; in training mode, the batch joins the queue afterwards."""
-        result = self.parts(*args, **kwargs)
+        """`hacl_loss` of features, masks and temperature; in training mode, the batch joins the queue afterwards."""
+        own = {"negatives": self.negatives, "gather": self.gather, "queue": self._queue}
+        result = hacl_loss(*args, **kwargs, **own)
         candidates = result.pop("candidates")
         if self.queue_size and self.training:
             self._enqueue(*candidates)

@@ -18,8 +18,8 @@ from . import fused, representation
 from .common.weights import is_whole
 from .compat import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from .config import HaclConfig, HaclError
-from .loss import HaclLoss, ranking_loss
-from .packing import Branches, PackedTexts
+from .loss import HaclLoss
+from .packing import PackedTexts
 from .representation import HEAD_FILE, HaclHead, llm_trains, read_head, suffix_ids
 
 
@@ -166,10 +166,10 @@ class HaclMixin:
                 ``input_ids``, ``labels`` and ``images`` are needed. All other arguments are LLaVA's.
 
         Returns:
-            With texts, only ``loss`` = loss_lm + scale * (weight * (loss_i2t + loss_t2i) / 2 + ranking * loss_rank),
-            the scale that of `hacl_scale`; its parts are added to `hacl_metrics`. A row counts for HACL if it has
-            exactly one image, whole, and a caption. In a training step outside ``hacl_start`` and ``hacl_end``,
-            loss_lm alone is computed: a step like stock LLaVA's.
+            With texts, only ``loss`` = loss_lm + scale * weight * (loss_i2t + loss_t2i) / 2, the scale that of
+            `hacl_scale`; its parts are added to `hacl_metrics`. A row counts for HACL if it has exactly one image,
+            whole, and a caption. In a training step outside ``hacl_start`` and ``hacl_end``, loss_lm alone is computed:
+            a step like stock LLaVA's.
 
         Raises:
             HaclError: an argument is missing, or rows are padded on the left.
@@ -186,26 +186,15 @@ class HaclMixin:
             loss_lm = passes.caption_loss(self, rows)
             self._keep(loss_lm)
             return CausalLMOutputWithPast(loss=loss_lm + self._nothing_of_heads(rows.embeds))
-        scale = self.hacl_scale()
-        branches = texts.get("branches") if scale else None  # that pass tells nothing else
-        loss_lm, e_v, seen = passes.generation(self, rows, branches)
+        loss_lm, e_v = passes.generation(self, rows)
         e_text = self.hacl_texts(passes, texts)
         if self.hacl_head.centre is not None and self.training:
             counts = rows.whole & (texts["end"][: len(e_v)] >= 0)
             self.hacl_head.centre.update(e_v, e_text[: len(e_v)], counts, llm_trains(self))
         features = self.hacl_features(e_v, e_text, rows.whole, texts["end"])
         parts = self.hacl_loss(**features)
-        extra = self.hacl_config.weight * parts["loss"]
-        if branches is not None:
-            ranks = self.hacl_ranks(seen, passes.blind(self, branches), rows.whole, branches)
-            extra = extra + self.hacl_config.ranking * ranks["loss"]
-            parts |= {"loss_rank": ranks.pop("loss"), **ranks}
-        self._keep(loss_lm, features, parts, seen)
-        return CausalLMOutputWithPast(loss=loss_lm + scale * extra)
-
-    def hacl_ranks(self, seen: Tensor, blind: Tensor, whole: Tensor, branches: Branches) -> dict[str, Tensor]:
-        """`ranking_loss` of a batch's branches, ``[B, 1 + K]``."""
-        return ranking_loss(seen, blind, branches["lengths"] > 0, whole, self.hacl_config.gather)
+        self._keep(loss_lm, features, parts)
+        return CausalLMOutputWithPast(loss=loss_lm + self.hacl_scale() * self.hacl_config.weight * parts["loss"])
 
     def hacl_texts(self, passes: Any, texts: PackedTexts) -> Tensor:
         """e_t, then e_h, by `fused` or `representation`; in training through `hacl_text_cache` where there is one."""
@@ -218,7 +207,7 @@ class HaclMixin:
 
         Where the LLM trains it does: texts have a graph then, and the memory that takes is to show in the first step.
         """
-        return self.training and not self.hacl_config.ramp(self.hacl_progress) and not llm_trains(self)
+        return self.training and not self.hacl_scale() and not llm_trains(self)
 
     def _nothing_of_heads(self, embeds):
         """0, with a gradient of 0 for heads and temperature: DDP waits for one of each, ZeRO-3 for their module."""
@@ -226,15 +215,9 @@ class HaclMixin:
         return 0 * sum(x.sum() for x in self.hacl_head(none, none))
 
     def hacl_scale(self) -> float:
-        """What HACL's losses are multiplied by in this step, beside their weights: 0 to 1.
-
-        As `HaclConfig.ramp` has it at ``hacl_progress``, the share of the run that is done, and ``gradient_share``.
-        """
-        config, ratio = self.hacl_config, self.hacl_head.gradient_ratio
-        ramp = config.ramp(self.hacl_progress)
-        if not config.gradient_share:
-            return ramp
-        return 0.0 if ratio is None else min(ramp, config.gradient_share * ratio)
+        """What HACL's weight is multiplied by in this step, 0 to 1: `HaclConfig.ramp` at ``hacl_progress``, the share
+        of the run that is done."""
+        return self.hacl_config.ramp(self.hacl_progress)
 
     def hacl_keep(self) -> Callable[[], None]:
         """Keep what a training step changes beside gradients; returns a function that puts it back."""
@@ -291,15 +274,15 @@ class HaclMixin:
 
     _SUMS = (
         *("loss_i2t", "loss_t2i", "temperature", "retrieval_correct", "retrieval_total", "closer_to_true"),
-        *("closer_total", "loss_rank", "ranked_right", "ranked"),
+        "closer_total",
     )
 
     @torch.no_grad()
-    def _keep(self, loss_lm, features=None, parts=None, seen=None):
+    def _keep(self, loss_lm, features=None, parts=None):
         """For the guard, whether all of this rank was finite; for the log, the sums."""
         found, one = {**(features or {}), **(parts or {})}, torch.ones_like(loss_lm)
         names = "image_features", "text_features", "hallucination_features"
-        own = [loss_lm, seen, *(found.get(name) for name in names)]
+        own = [loss_lm, *(found.get(name) for name in names)]
         self.hacl_own_finite = torch.stack([torch.isfinite(x).all() for x in own if x is not None]).all()
         sums = [loss_lm, one, one if parts else 0 * one, *(found.get(name, 0 * one) for name in self._SUMS)]
         sums = torch.stack([s.detach().double() for s in sums])
@@ -318,9 +301,8 @@ class HaclMixin:
         Returns:
             ``loss_lm``, ``loss_i2t``, ``loss_t2i``, ``temperature``, ``retrieval_accuracy`` (share of images whose
             caption is the closest of the batch's) and ``closer_to_true`` (share of images closer to their caption than
-            to each of their hallucinated ones), and where captions are ranked ``loss_rank`` and ``ranked_right``, the
-            share of images that speak most for their own; empty before the first HACL step, without the shares
-            that had nothing to count, and ``loss_lm`` alone where no step had a contrast (`hacl_rests`).
+            to each of their hallucinated ones); empty before the first HACL step, without the shares that had nothing
+            to count, and ``loss_lm`` alone where no step had a contrast (`hacl_rests`).
         """
         if self._hacl_sums is None:  # on all ranks alike, since they run the same steps
             return {}
@@ -328,9 +310,7 @@ class HaclMixin:
         if dist.is_available() and dist.is_initialized():
             sums = sums.clone()
             dist.all_reduce(sums)
-        lm, steps, contrasts, i2t, t2i, temperature, right, of, closer, closer_of, rank, ranked_right, ranked = (
-            sums.tolist()
-        )
+        lm, steps, contrasts, i2t, t2i, temperature, right, of, closer, closer_of = sums.tolist()
         if reset:
             self.reset_hacl_metrics()
         if not steps:  # none was finite
@@ -343,8 +323,6 @@ class HaclMixin:
             figures["retrieval_accuracy"] = right / of
         if closer_of:
             figures["closer_to_true"] = closer / closer_of
-        if ranked:
-            figures |= {"loss_rank": rank / contrasts, "ranked_right": ranked_right / ranked}
         return figures
 
 

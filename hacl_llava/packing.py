@@ -5,7 +5,7 @@ All shapes follow from shapes that the host knows; nothing here waits for a devi
 
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,23 +33,6 @@ class Rows(NamedTuple):
     whole: Tensor
 
 
-class Branches(TypedDict):
-    """The captions of each row side by side, each to be read behind the row's image: its own, then its hallucinated
-    ones. Shapes: B rows, L columns, K hallucinated captions.
-
-    Keys:
-        ids: ``[B, L]`` long, tokens of the captions alone. positions: ``[B, L]`` long, where a token stands in its own.
-        owner: ``[B, L]`` long, which of the row's captions a column is of; -1: none. lengths: ``[B, 1 + K]`` long,
-        tokens; 0: the caption is missing. start: ``[B, 1]`` long, the token that begins a text without an image.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    owner: Tensor
-    lengths: Tensor
-    start: Tensor
-
-
 class PackedTexts(TypedDict):
     """The captions of a batch, then its hallucinated captions, several to a row: N = B * (1 + K) texts in R rows of L.
 
@@ -59,14 +42,12 @@ class PackedTexts(TypedDict):
         ids: ``[R, L]`` long, tokens. positions: ``[R, L]`` long, where a token stands in its own text.
         owner: ``[R, L]`` long, the text that a place belongs to; -1: none.
         end: ``[N]`` long, the place in R * L of each text's last token, EOS; -1: the text is missing.
-        branches: the same captions as `Branches`, where they are ranked.
     """
 
     ids: Tensor
     positions: Tensor
     owner: Tensor
     end: Tensor
-    branches: NotRequired[Branches]
 
 
 def splice(length: int, is_image: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -124,26 +105,6 @@ def pack(texts: Sequence[Tensor | None]) -> PackedTexts:
             positions[r, places] = torch.arange(lengths[text])
             end[text] = r * width + places.stop - 1
     return PackedTexts(ids=ids, positions=positions, owner=owner, end=end)
-
-
-def branch(rows: Sequence[Sequence[Tensor | None]], start: int) -> Branches:
-    """Lay the captions of each row out side by side.
-
-    Args:
-        rows: ``1 + K`` texts each, ``[n]`` long, tokens alone; None for one that is missing. start: a token id.
-    """
-    lengths = torch.tensor([[0 if text is None else len(text) for text in row] for row in rows])
-    width = max(1, int(lengths.sum(1).max()))
-    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-    owner = torch.full((len(rows), width), -1)
-    for r, row in enumerate(rows):
-        first = 0
-        for i, text in enumerate(row):
-            if lengths[r, i]:
-                places = slice(first, first := first + len(text))
-                ids[r, places], owner[r, places], positions[r, places] = text, i, torch.arange(len(text))
-    start = torch.full((len(rows), 1), start)
-    return Branches(ids=ids, positions=positions, owner=owner, lengths=lengths, start=start)
 
 
 def unpack(texts: PackedTexts) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .config import TEMPERATURE_RANGE, HaclConfig, HaclError
-from .packing import Branches, PackedTexts, Rows, unpack
+from .packing import PackedTexts, Rows, unpack
 
 IGNORE_INDEX = -100  # as llava.constants; labels without loss
 HEAD_FILE = "hacl_head.safetensors"
@@ -171,27 +171,15 @@ class HaclHead(nn.Module):
             torch.tensor([math.log(config.temperature)]), requires_grad=config.learnable_temperature
         )
         self.centre = Centre() if config.centre else None
-        self.gradient_ratio: float | None = None  # as `gradient_share` found it last
-
-    def kept(self) -> dict[str, Tensor]:
-        """What is saved beside the weights, by name: the centre and the ratio of gradients, as far as there are any."""
-        state = {} if self.centre is None else self.centre.state()
-        return state if self.gradient_ratio is None else {**state, "gradient_ratio": torch.tensor(self.gradient_ratio)}
-
-    def load_kept(self, state: dict[str, Tensor]) -> None:
-        """Take `kept` back, from a dict that may hold more; what is taken leaves it."""
-        (self.centre or Centre()).load(state)
-        ratio = state.pop("gradient_ratio", None)
-        self.gradient_ratio = None if ratio is None else ratio.item()
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take weights, temperature and what is `kept` from what `read_head` returns.
+        """Take weights, temperature and centre from what `read_head` returns.
 
         Raises:
             HaclError: they are of other shapes.
         """
         state = dict(state)
-        self.load_kept(state)
+        (self.centre or Centre()).load(state)
         own = {k: list(v.shape) for k, v in self.state_dict().items()}
         got = {k: list(v.shape) for k, v in state.items()}
         if own != got:
@@ -300,65 +288,23 @@ def caption_loss(model: Any, rows: Rows) -> Tensor:
     return loss.where((rows.labels[:, 1:] != IGNORE_INDEX).any(), torch.zeros_like(loss))
 
 
-def generation(model: Any, rows: Rows, branches: Branches | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`caption_loss`, then a pass over ``[BOS, image, suffix]`` (without BOS if so set), and one for each branch.
-
-    Returns:
-        loss_lm, 0-d. e_v ``[B, D]``. With ``branches``, log p(caption
-        given image) ``[B, 1 + K]``, in nats, of all tokens of each; 0 where one is missing.
-    """
-    loss_lm = caption_loss(model, rows)
+def generation(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
+    """loss_lm, 0-d, by `caption_loss`, and e_v ``[B, D]``, by a pass over ``[BOS, image, suffix]`` (without BOS if so
+    set)."""
     first = torch.zeros_like(rows.first) if model.hacl_config.visual_bos else rows.first
-    e_v = image(model, rows.embeds, first, rows.behind)
-    return loss_lm, e_v, None if branches is None else likelihoods(model, rows.embeds, first, rows.behind, branches)
+    return caption_loss(model, rows), image(model, rows.embeds, first, rows.behind)
 
 
 def image(model: Any, embeds: Tensor, first: Tensor, behind: Tensor) -> Tensor:
     """e_v ``[B, D]`` of the columns from ``first`` to ``behind`` ``[B]`` of ``embeds`` ``[B, T, D]``, in a pass."""
     end = suffix(model, embeds)
-    return continued(model, embeds, first, behind, end)[:, -1]
-
-
-def continued(model: Any, embeds: Tensor, first: Tensor, behind: Tensor, tokens: Tensor) -> Tensor:
-    """States ``[B, 1 + S, D]`` of the last column before ``behind`` and of ``tokens`` ``[B, S, D]`` that follow it.
-
-    In a pass over the columns from ``first`` on.
-    """
-    length, (S, D) = behind - first, tokens.shape[1:]
+    length, (S, D) = behind - first, end.shape[1:]
     columns = torch.arange(int(length.max()) + S, device=embeds.device)[None]
-    table = torch.cat([embeds, tokens], dim=1)
+    table = torch.cat([embeds, end], dim=1)
     take = torch.where(columns < length[:, None], first[:, None] + columns, embeds.shape[1] + columns - length[:, None])
     rows = table.gather(1, take.clamp(max=table.shape[1] - 1)[..., None].expand(-1, -1, D))
     states = hidden(model, rows, columns < length[:, None] + S)
-    last = length[:, None] - 1 + torch.arange(S + 1, device=states.device)
-    return states.gather(1, last[..., None].expand(-1, -1, D))
-
-
-def likelihoods(model: Any, embeds: Tensor, first: Tensor, behind: Tensor, branches: Branches) -> Tensor:
-    """Log-likelihoods ``[B, 1 + K]`` of branches behind the columns from ``first`` to ``behind``, a pass for each."""
-    found = []
-    for k, lengths in enumerate(branches["lengths"].T):
-        start = (branches["owner"] == k).int().argmax(1, keepdim=True)
-        columns = torch.arange(max(int(lengths.max()), 1), device=embeds.device)
-        ids = branches["ids"].gather(1, (start + columns).clamp(max=branches["ids"].shape[1] - 1))
-        states = continued(model, embeds, first, behind, embed(model, ids).to(embeds.dtype))
-        gains = gain(model, states[:, :-1], ids)
-        found.append(gains.masked_fill(columns >= lengths[:, None], 0).sum(1))
-    return torch.stack(found, dim=1)
-
-
-def gain(model: Any, states: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability ``[B, n]``, float32, of each token of ``ids`` at the state ``[B, n, D]`` before it."""
-    logits = model.lm_head(states).float()
-    return -F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-
-
-@torch.no_grad()
-def blind(model: Any, branches: Branches) -> Tensor:
-    """log p(caption), without an image: ``[B, 1 + K]``. A constant of the step, also while the LLM trains."""
-    start = embed(model, branches["start"])
-    none = torch.zeros(len(start), dtype=torch.long, device=start.device)
-    return likelihoods(model, start, none, none + 1, branches)
+    return states[torch.arange(len(states), device=states.device), length + S - 1]
 
 
 def texts(model: Any, packed: PackedTexts) -> Tensor:

@@ -66,7 +66,7 @@ class TextCache:
                 "ZeRO-3 has it in parts: leave the flag out."
             )
         device = packed["ids"].device
-        ids, lengths = unpack({name: x.cpu() for name, x in packed.items() if name != "branches"})
+        ids, lengths = unpack({name: x.cpu() for name, x in packed.items()})
         there = [end >= 0 for end in packed["end"].tolist()]
         texts = [ids[i, :n].int().numpy().tobytes() if there[i] else None for i, n in enumerate(lengths.tolist())]
         wanted = list(dict.fromkeys(filter(None, texts)))

@@ -18,14 +18,14 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from . import __version__, gradient_share
+from . import __version__
 from .common.files import atomic
 from .common.weights import save_tokenizer
 from .compat import STATE_FILE, LLaVATrainer, end_in_order, savable_generation_config
 from .config import HaclError, RunSettings, on_first_rank
 from .nonfinite import NonFiniteGuard
 from .recomputation import Recomputation
-from .representation import HEAD_FILE, IGNORE_INDEX, llm_trains, read_head
+from .representation import HEAD_FILE, IGNORE_INDEX, read_head
 from .resume import (
     StopInStep,
     Stopped,
@@ -60,7 +60,8 @@ def save_head(model: torch.nn.Module, folder: str | os.PathLike, write: bool = T
     if not write or not state:
         return None
     state = {k[k.index("hacl_head.") + len("hacl_head.") :]: v.contiguous() for k, v in state.items()}
-    state |= model.hacl_head.kept()
+    if model.hacl_head.centre is not None:
+        state |= model.hacl_head.centre.state()
     path = Path(folder) / HEAD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "hacl": json.dumps(model.config.hacl), "hacl_llava": __version__}
@@ -377,13 +378,9 @@ class HaclTrainer(ResumableTrainer):
     ``closer_to_true`` (see `HaclMixin.hacl_metrics`) and saves the heads beside an unchanged ``mm_projector.bin``."""
 
     _said = False
-    _measured = -1  # the step after which gradients were last compared
-    MEASURES = 20  # of `gradient_share.ratio`, in a run
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.model.hacl_config.gradient_share and (llm_trains(self.model) or is_deepspeed_zero3_enabled()):
-            raise HaclError("hacl_gradient_share needs a frozen LLM and ZeRO-0, 1 or 2; leave it out.")
         if folder := (getattr(self.args, "hacl_run", None) or RunSettings()).text_cache:
             self.model.hacl_text_cache = TextCache(folder)
 
@@ -414,24 +411,10 @@ class HaclTrainer(ResumableTrainer):
         inner = getattr(self.model, "get_base_model", lambda: self.model)()
         inner.hacl_progress = self.state.global_step / max(self.state.max_steps, 1)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.model.hacl_config.gradient_share:
-            self._compare_gradients(inputs)
         if not self._said and self.is_world_process_zero():
             self._say_what_runs()
         self._said = True
         return loss
-
-    def _compare_gradients(self, inputs):
-        """After a step, for those that follow it; where nothing was found, again after the next."""
-        done, of, head = self.state.global_step, max(self.state.max_steps, 1), self.model.hacl_head
-        due = head.gradient_ratio is None or done % max(of // self.MEASURES, 1) == 0
-        if not due or done == self._measured or not self.model.hacl_config.ramp(done / of):
-            return
-        self._measured = done
-        # accelerate puts the first around the model's forward alone. The second: this takes more memory than a step.
-        with self.accelerator.autocast(), self.recomputation.of_all():
-            batch = {k: v for k, v in self._prepare_inputs(inputs).items() if k != "record_indices"}
-            head.gradient_ratio = gradient_share.ratio(self.model, **batch) or head.gradient_ratio
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`ResumableTrainer`'s, with HACL's figures."""
@@ -458,8 +441,9 @@ class HaclTrainer(ResumableTrainer):
             return
         if self.model.hacl_config.queue_size:
             self._load_queue(Path(checkpoint) / self._queue_file())
-        if found := read_head(checkpoint):
-            self.model.hacl_head.load_kept(found.state)  # no part of any state dict
+        found, centre = read_head(checkpoint), self.model.hacl_head.centre
+        if found and centre is not None:
+            centre.load(found.state)  # no part of any state dict
 
     def _load_queue(self, path):
         try:

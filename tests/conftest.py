@@ -180,7 +180,7 @@ def batch_of(mini, model, tokenizer, indices=range(6), records=None, **data_args
         image_aspect_ratio="square", mm_use_im_start_end=False, hacl=model.hacl_config, **data_args,
     )  # fmt: skip
     dataset = HaclDataset(str(path), tokenizer, args)
-    collator = HaclCollator(tokenizer, model.hacl_config.ranking > 0, model.hacl_suffix)
+    collator = HaclCollator(tokenizer)
     batch = collator([dataset[i] for i in indices])
     dtype = next(model.parameters()).dtype
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
@@ -197,18 +197,9 @@ def texts_of(batch):
 
 def with_texts(batch, captions, hallucinated):
     """The batch with other texts, as `texts_of` returns them."""
-    from hacl_llava.packing import branch, pack
+    from hacl_llava.packing import pack
 
-    texts = pack([*captions, *(text for row in hallucinated for text in row)])
-    if "branches" in batch["texts"]:
-        old = batch["texts"]["branches"]
-        before = next(i for i, text in enumerate(texts_of(batch)[0]) if text is not None)
-        suffix = len(texts_of(batch)[0][before]) - 1 - int(old["lengths"][before, 0])
-        rows = [
-            [None if t is None else t[1 : len(t) - suffix] for t in (c, *h)] for c, h in zip(captions, hallucinated)
-        ]
-        texts["branches"] = branch(rows, int(old["start"][0]))
-    return {**batch, "texts": texts}
+    return {**batch, "texts": pack([*captions, *(text for row in hallucinated for text in row)])}
 
 
 def rows_of(batch, rows):

@@ -41,7 +41,6 @@ def naive_step(model, batch):
     """The released code's four passes, row by row and with gradient everywhere: (loss_lm, loss_i2t, loss_t2i).
 
     Rows of text have no padding, the visual row is [BOS, image tokens, EOS], logits are computed at every position.
-    With ``hacl_ranking``, its loss is the fourth.
     """
     lm, tower = model.get_model(), model.get_vision_tower()
     embed, head = lm.embed_tokens, model.hacl_head
@@ -52,7 +51,7 @@ def naive_step(model, batch):
 
     suffix = torch.tensor(model.hacl_suffix)
     images = lm.mm_projector(tower(batch["images"]))
-    nll, tokens, e_v, e_t, e_h, used, h_mask = 0.0, 0, [], [], [], [], []
+    nll, tokens, e_v, e_t, e_h, h_mask = 0.0, 0, [], [], [], []
     captions, hallucinated = texts_of(batch)
     K = len(hallucinated[0])
     for b in range(len(batch["input_ids"])):
@@ -72,12 +71,10 @@ def naive_step(model, batch):
         tokens += int(keep.sum())
         if not where or captions[b] is None:
             continue
-        used.append(b)
         e_v.append(last_state(torch.cat([embed(ids[:p]), images[b], embed(suffix)])))
         e_t.append(last_state(embed(captions[b])))
         e_h += [last_state(embed(suffix if x is None else x)) for x in hallucinated[b]]
         h_mask.append([x is not None for x in hallucinated[b]])
-    ranks = naive_ranks(model, batch, images, used) if model.hacl_config.ranking else ()
     e_v, e_t, e_h = torch.stack(e_v), torch.stack(e_t), torch.stack(e_h) if K else None
     of_images, centre = (x.mean(0).detach() if model.hacl_config.centre else 0 for x in (e_v, e_t))  # of a first step
     v, t = head.visual(e_v - of_images), head.text(e_t - centre)
@@ -86,26 +83,4 @@ def naive_step(model, batch):
     h_mask = torch.tensor(h_mask)
     tau = head.log_temperature.clamp(math.log(0.001), math.log(0.5)).exp()[0]
     i2t, t2i = naive_loss(v, t, h, h_mask, None, tau, model.hacl_config.negatives)
-    return nll / tokens, i2t, t2i, *ranks
-
-
-def naive_ranks(model, batch, images, used):
-    """The ranking's loss, a pass for each caption with its image and one without."""
-    lm, captions, hallucinated = model.get_model(), *texts_of(batch)
-
-    def likelihood(before, text):
-        ids = text[1 : len(text) - len(model.hacl_suffix)]
-        states = lm(inputs_embeds=torch.cat([before, lm.embed_tokens(ids)])[None], use_cache=False)[0][0]
-        gains = model.lm_head(states[len(before) - 1 : -1]).log_softmax(-1)
-        return gains[torch.arange(len(ids)), ids].sum()
-
-    losses = []
-    for b in used:
-        start = lm.embed_tokens(captions[b][:1])
-        candidates = [captions[b], *(text for text in hallucinated[b] if text is not None)]
-        scores = []
-        for text in candidates:
-            scores.append(likelihood(torch.cat([start, images[b]]), text) - likelihood(start, text).detach())
-        if len(scores) > 1:
-            losses.append(torch.stack(scores).logsumexp(0) - scores[0])
-    return (torch.stack(losses).mean(),)
+    return nll / tokens, i2t, t2i

@@ -143,7 +143,7 @@ def test_a_step_does_not_wait_for_the_device(mini, records):
     rows = copy.deepcopy(records[:6])
     del rows[1]["hallucinated_captions"], rows[4]["image"]
     rows[4]["conversations"][0]["value"] = "Say something."
-    model, tokenizer = load(mini, ranking=0.5, centre=True)
+    model, tokenizer = load(mini, centre=True)
     batch = batch_of(mini, model, tokenizer, range(6), rows)
     model(**batch)  # with the self-check
     with Waits() as waits:

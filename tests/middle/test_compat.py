@@ -123,7 +123,7 @@ def test_public_names_resolve():
 # Each room imports from rooms before it alone (docs/how-it-works.md).
 ROOMS = [
     *("config", "loss", "packing", "common", "compat", "records", "hallucinate", "miniature", "patching"),
-    *("representation", "fused", "gradient_share", "text_cache", "model", "data", "nonfinite", "recomputation"),
+    *("representation", "fused", "text_cache", "model", "data", "nonfinite", "recomputation"),
     *("resume", "run"),
     *("check_data", "check_run", "trainer"),
     *("checkpoints", "integration", "check_command", "train", "evaluation", "demo", "cli"),

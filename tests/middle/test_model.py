@@ -9,28 +9,28 @@ import torch
 from conftest import batch_of, gradients, load, relative, texts_of
 from reference import naive_step
 
-from hacl_llava import fused, gradient_share, representation
+from hacl_llava import fused, representation
 
 CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
 
 def run(model, batch):
-    """(loss, loss_lm, loss_i2t, loss_t2i, with a ranking loss_rank, gradients) of one step."""
+    """(loss, loss_lm, loss_i2t, loss_t2i, gradients) of one step."""
     model.zero_grad()
     model.reset_hacl_metrics()
     loss = model(**batch).loss
     loss.backward()
     figures = model.hacl_metrics()
-    names = ("loss_lm", "loss_i2t", "loss_t2i", "loss_rank")
+    names = ("loss_lm", "loss_i2t", "loss_t2i")
     return loss.item(), *(figures[k] for k in names if k in figures), gradients(model)
 
 
 def reference(model, batch):
     model.zero_grad()
-    lm, i2t, t2i, *rank = naive_step(model, batch)
-    loss = lm + model.hacl_config.weight * (i2t + t2i) / 2 + sum(model.hacl_config.ranking * x for x in rank)
+    lm, i2t, t2i = naive_step(model, batch)
+    loss = lm + model.hacl_config.weight * (i2t + t2i) / 2
     loss.backward()
-    return *(x.item() for x in (loss, lm, i2t, t2i, *rank)), gradients(model)
+    return *(x.item() for x in (loss, lm, i2t, t2i)), gradients(model)
 
 
 def assert_same(got, want, loss_tolerance=1e-5, gradient_tolerance=1e-4):
@@ -59,10 +59,7 @@ def mixed(mini, records):
 PROMPT = {"representation": "prompt", "prompt": "\nthis in one:", "centre": True}
 
 
-RANKING = {"ranking": 0.7}
-
-
-@pytest.mark.parametrize("settings", [RANKING, PROMPT], ids=["eos, ranking", "prompt, centred"])
+@pytest.mark.parametrize("settings", [{}, PROMPT], ids=["eos", "prompt, centred"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("fused", [True, False])
 def test_step_equals_four_plain_passes(mini, mixed, checkpointing, fused, settings):
@@ -144,25 +141,6 @@ def test_controls_suffix_that_sees_the_caption_or_stands_elsewhere_fails(mini, m
     assert_same(run(model, batch), want)
 
 
-def test_controls_branches_that_see_each_other_or_stand_elsewhere_fail(mini, mixed, monkeypatch):
-    model, tokenizer = load(mini, **RANKING)
-    batch = batch_of(mini, model, tokenizer, range(7), mixed)
-    want = reference(model, batch)
-    assert_same(run(model, batch), want)  # and the self-check is done, which would see it
-    group, hidden, T = fused._group, fused.hidden, batch["input_ids"].shape[1] + 8  # nine visual tokens for one
-
-    def elsewhere(model, embeds, sees, positions):
-        positions[:, T + 1 :] += len(sees) == 7  # behind the suffix
-        return hidden(model, embeds, sees, positions)
-
-    for name, broken in (("_group", lambda x: group(x).clamp(0, 1)), ("hidden", elsewhere)):
-        with monkeypatch.context() as patch:
-            patch.setattr(fused, name, broken)
-            with pytest.raises(AssertionError):
-                assert_same(run(model, batch), want)
-    assert_same(run(model, batch), want)
-
-
 def test_released_visual_row_without_bos(mini, records):
     with_bos, tokenizer = load(mini, fused=False)
     without, _ = load(mini, fused=False, visual_bos=False)
@@ -205,12 +183,12 @@ def test_the_contrast_begins_late_rises_and_ends(mini, fused):
     model.get_model().register_forward_hook(lambda m, args, out: passes.append(out[0].shape[:2]))
     for progress, weight in ((0.0, 0), (0.3, 0), (0.4, 1), (0.5, 2), (0.89, 2), (0.9, 0), (1.0, 0)):
         model.hacl_progress = progress
-        kept = model.hacl_head.kept() | model.hacl_loss.queue_state()
+        kept = model.hacl_head.centre.state() | model.hacl_loss.queue_state()
         passes.clear()
         total, lm, *contrast, got = run(model, batch)
         assert lm == pytest.approx(loss.item(), abs=1e-5)
         assert total == pytest.approx(lm + weight * sum(contrast) / 2, abs=1e-5)
-        now = model.hacl_head.kept() | model.hacl_loss.queue_state()
+        now = model.hacl_head.centre.state() | model.hacl_loss.queue_state()
         same = now.keys() == kept.keys() and all(torch.equal(x, kept[k]) for k, x in now.items() if torch.is_tensor(x))
         assert (len(passes) == 1) == same == (not contrast) == (not model.hacl_config.ramp(progress))
         if same:
@@ -218,49 +196,6 @@ def test_the_contrast_begins_late_rises_and_ends(mini, fused):
             assert all(relative(got[n], g) < 1e-4 for n, g in want.items())
     model.eval()  # evaluation measures it at any time
     assert len(run(model, batch)) == 5
-
-
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_share_of_the_gradient(mini, mixed, monkeypatch, checkpointing, fused):
-    """The ratio is that of what reaches the projector's output in plain steps, and measuring it leaves no trace."""
-    model, tokenizer = load(mini, **PROMPT, **RANKING, fused=fused, queue_size=8, weight=1.0, gradient_share=0.25)
-    if kwargs := CHECKPOINTING[checkpointing]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        model.enable_input_require_grads()
-    batch = batch_of(mini, model, tokenizer, range(7), mixed)
-    outputs, encode = [], model.encode_images
-
-    def kept(images):
-        outputs.append(encode(images))
-        outputs[-1].retain_grad() if outputs[-1].requires_grad else None
-        return outputs[-1]
-
-    monkeypatch.setattr(model, "encode_images", kept)
-    model(**batch)  # the queue is the same from here on
-    queue = model.hacl_loss.queue_state()
-    found = {}
-    for ratio in (None, 4.0):  # no contrast before gradients are compared; then a weight of 1
-        model.hacl_head.gradient_ratio = ratio
-        model.hacl_loss.load_queue_state(queue)
-        loss, lm, i2t, t2i, *rank, _ = run(model, batch)
-        assert len(rank) == (ratio is not None)  # while it does not count, captions are not ranked
-        assert loss == pytest.approx(lm + ((i2t + t2i) / 2 + 0.7 * rank[0] if rank else 0), abs=1e-5)
-        found[ratio] = outputs[-1].grad.clone()
-    want = (found[None].norm() / (found[4.0] - found[None]).norm()).item()
-
-    model.hacl_loss.load_queue_state(queue)
-    model.zero_grad()
-    figures, centre, state = model.hacl_metrics(reset=False), model.hacl_head.centre.state(), torch.get_rng_state()
-    got = gradient_share.ratio(model, **batch)
-    assert got == pytest.approx(want, rel=1e-3)
-    assert all(p.grad is None for p in model.parameters()) and torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(queue[k], model.hacl_loss.queue_state()[k]) for k in ("images", "texts", "mask"))
-    assert model.hacl_metrics() == figures
-    assert all(torch.equal(v, model.hacl_head.centre.state()[k]) for k, v in centre.items())
-    model.hacl_head.gradient_ratio = got
-    assert model.hacl_scale() == pytest.approx(0.25 * want, rel=1e-3)
-    assert gradient_share.ratio(model, **batch_of(mini, model, tokenizer, (4,), mixed)) is None  # no image
 
 
 def test_the_centre():

@@ -115,7 +115,7 @@ def micro_batch(model, backward, batch, guard, i):
 def engine_worker(rank, world, paths, rows, folder):
     mini, out = types.SimpleNamespace(**paths), {}
     for name in ENGINES:
-        model, tokenizer = load(mini, negatives="global", ranking=0.5)
+        model, tokenizer = load(mini, negatives="global")
         per_step = {
             key: [batch_of(mini, model, tokenizer, micro[rank], rows) for micro in step] for key, step in STEPS.items()
         }
@@ -158,12 +158,12 @@ def two_ranks(mini, records, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(mini, records):
     """``gradient(rows of each rank, contrast, ranks that count)`` of one micro-batch."""
-    model, tokenizer = load(mini, negatives="global", ranking=0.5)
+    model, tokenizer = load(mini, negatives="global")
     rows, config = mixed(records), model.hacl_config
 
     def of(indices, weight):
         model.zero_grad()
-        model.hacl_config = dataclasses.replace(config, weight=weight, ranking=weight * config.ranking)
+        model.hacl_config = dataclasses.replace(config, weight=weight)
         model(**batch_of(mini, model, tokenizer, indices, rows)).loss.backward()
         return gradients(model)
 
