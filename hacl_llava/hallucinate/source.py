@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .likelihood import Likelihood
 
 BLOCK = 256  # records over which the kinds are balanced, and that a worker gets at once
+ALONE = 2  # blocks that are done sooner than a worker has started
 
 
 class RulesSource:
@@ -93,7 +94,9 @@ class RulesSource:
 
     def _map(self, method, blocks):
         """Results of a method for each block, in order."""
-        if self.workers == 1:
+        first = list(itertools.islice(blocks, ALONE + 1))
+        blocks = itertools.chain(first, blocks)
+        if self.workers == 1 or len(first) <= ALONE:
             lexicon()
             gc.freeze()  # half a million small objects that the collector would go through again and again
             try:

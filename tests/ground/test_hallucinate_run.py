@@ -91,13 +91,18 @@ def test_json_lines_and_gzip(tmp_path, small, name):
     assert load(tmp_path / "again.json") == load(tmp_path / "plain.json")
 
 
-def test_the_same_bytes_whatever_the_workers(tmp_path):
-    outputs = []
+def test_the_same_bytes_whatever_the_workers(tmp_path, monkeypatch):
+    from hacl_llava.hallucinate import source
+
+    outputs, pools, pool = [], [], source.ProcessPoolExecutor
+    monkeypatch.setattr(source, "ALONE", 1)  # else the two blocks would not be shared out
+    monkeypatch.setattr(source, "ProcessPoolExecutor", lambda *args, **more: pools.append(args) or pool(*args, **more))
     for workers in (1, 2):
         out = tmp_path / f"out{workers}.json"
         assert hallucinate(COCO, out, "--workers", workers, "--per-caption", 2, "--seed", 5) == 0
         outputs.append(out.read_bytes())
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] and len(pools) == 2  # to balance the choice, and to choose
+    monkeypatch.undo()
     assert hallucinate(COCO, tmp_path / "other.json", "--per-caption", 2, "--seed", 6) == 0
     assert (tmp_path / "other.json").read_bytes() != outputs[0]
 
@@ -176,13 +181,13 @@ def test_a_finished_run_is_not_done_again(tmp_path, small, monkeypatch):
 
 
 def test_what_the_journal_has_is_kept_and_the_rest_is_made(tmp_path):
-    whole, out = tmp_path / "whole.json", tmp_path / "out.json"
-    assert hallucinate(COCO, whole) == 0
+    source, whole, out = write(tmp_path / "in.json", load(COCO)[:80]), tmp_path / "whole.json", tmp_path / "out.json"
+    assert hallucinate(source, whole) == 0
     lines = (tmp_path / "whole.json.journal").read_bytes().splitlines(keepends=True)
-    for cut in (0, 5, len(lines[0]), len(lines[0]) + 1, sum(map(len, lines[:200])) + 30, sum(map(len, lines[:300]))):
+    for cut in (0, 5, len(lines[0]), len(lines[0]) + 1, sum(map(len, lines[:40])) + 30, sum(map(len, lines[:60]))):
         (tmp_path / "out.json.journal").write_bytes(b"".join(lines)[:cut])
         out.unlink(missing_ok=True)
-        assert hallucinate(COCO, out) == 0
+        assert hallucinate(source, out) == 0
         assert out.read_bytes() == whole.read_bytes()
         assert (tmp_path / "out.json.journal").read_bytes().splitlines()[1:] == [x.rstrip() for x in lines[1:]]
 
@@ -455,7 +460,7 @@ def test_a_full_disk(tmp_path):
 def test_a_worker_that_is_killed_ends_the_run_in_words(tmp_path):
     source, out = tmp_path / "in.json", tmp_path / "out.json"
     captions = [r["conversations"][1]["value"] for r in load(COCO)]
-    write(source, [record(i, captions[i % len(captions)]) for i in range(6_000)])
+    write(source, [record(i, captions[i % len(captions)]) for i in range(3_000)])
     process = subprocess.Popen([*COMMAND, source, out, "--workers", "2"], stdout=-3, stderr=subprocess.PIPE, text=True)
     workers, until = [], time.monotonic() + 120
     while time.monotonic() < until and not workers:
@@ -468,8 +473,9 @@ def test_a_worker_that_is_killed_ends_the_run_in_words(tmp_path):
                 workers = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
     assert "a worker process was killed" in process.communicate(timeout=120)[1] and process.returncode == 2
-    assert not out.exists() and hallucinate(source, out, "--workers", 1) == 0
-    assert all(len(r["hallucinated_captions"]) == 1 for r in load(out))
+    kept = len(journal(out))
+    assert not out.exists() and hallucinate(source, out, "--workers", 1, "--limit", kept + 100) == 0
+    assert all(len(r["hallucinated_captions"]) == 1 for r in load(out)[: kept + 100])
 
 
 def test_interrupted_while_reading_or_writing(tmp_path, small, monkeypatch, capsys):
@@ -503,7 +509,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, small, capsys, monkeypatch):
 def test_killed_at_random_by_rules(tmp_path):
     source, out = tmp_path / "in.json", tmp_path / "out.json"
     captions = [r["conversations"][1]["value"] for r in load(COCO)]
-    write(source, [record(i, captions[i % len(captions)]) for i in range(20_000)])
+    write(source, [record(i, captions[i % len(captions)]) for i in range(8_000)])
     more = ("--workers", "1", "--choose", "random")  # of the blind choice: the test after this one
     assert hallucinate(source, tmp_path / "whole.json", *more) == 0
     rng, kills = random.Random(0), 0
