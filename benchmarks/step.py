@@ -903,7 +903,7 @@ STOCK, RELEASED, OURS = "A: stock LLaVA", "B: HACL as released", "C: HACL here"
 SWEEP = [(1, 14), (1, 28), (1, 56), (2, 28), (4, 28)]
 
 
-def main():
+def parsed():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="small", help="of the LLM that is timed (default: small)")
     parser.add_argument("--count", choices=SHAPES, default="7b", help="shape whose FLOPs are counted (default: 7b)")
@@ -920,7 +920,11 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="X", help="with --timed: steps whose names begin so, beside A")
     parser.add_argument("--name", help="of the results: step-NAME (default: cpu or cuda)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parsed()
     globals()["VISUAL"] = args.visual
     args.output.mkdir(parents=True, exist_ok=True)  # now, not once all is measured
     if args.layers:

@@ -7,9 +7,8 @@ backward pass comes to them last, when what the others kept is free. Where memor
 sixth of what a layer with frozen weights keeps.
 """
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -252,17 +251,6 @@ class Recomputation:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return run()
-
-    @contextlib.contextmanager
-    def of_all(self) -> Iterator[None]:
-        """Inside, all layers are computed again."""
-        if self.count is not None:
-            recompute(self._llm, len(self._llm.layers))
-        try:
-            yield
-        finally:
-            if self.count is not None:
-                recompute(self._llm, self.count, self.lean)
 
     def _set(self, count, lean=None):
         self.count, self.lean = count, lean
