@@ -191,6 +191,7 @@ def short(tmp_path_factory):
     return found
 
 
+@pytest.mark.once
 def test_a_short_stage_1_looks_at_images(short):
     """The control: the same captions, each with another image, teach to look at nothing."""
     true, other = short["their"], short["other"]
