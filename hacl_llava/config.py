@@ -142,12 +142,15 @@ class HaclConfig:
         return cls(**{n: getattr(arguments, f"hacl_{n}") for n in names if hasattr(arguments, f"hacl_{n}")})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "HaclConfig":
+    def from_dict(cls, values: dict[str, Any], file: Any = "HaclConfig.from_dict") -> "HaclConfig":
         """Rebuild from ``to_dict``; keys that this version does not know are refused by name, unless they say that
-        something was not used."""
+        something was not used. ``file``: where the values stand, for messages."""
         known = [f.name for f in fields(cls)]
         if unknown := sorted(k for k, v in values.items() if k not in known and not (k in GONE and v == 0)):
-            raise HaclError(f"unknown HACL settings {unknown}; known are {known}.")
+            raise HaclError(
+                f"{file}: unknown HACL settings {unknown}, of another version of hacl_llava; known are {known}. Use "
+                "that version, or train anew."
+            )
         return cls(**{k: v for k, v in values.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def read_head(folder: str | os.PathLike) -> SavedHead | None:
     """Read ``folder/hacl_head.safetensors``; None where there is none.
 
     Raises:
-        HaclError: it is damaged.
+        HaclError: it is damaged, or of a version with other settings.
     """
     file = Path(folder) / HEAD_FILE
     if not file.exists():
@@ -227,10 +227,12 @@ def read_head(folder: str | os.PathLike) -> SavedHead | None:
     try:
         with safe_open(file, "pt") as found:
             metadata = found.metadata() or {}
-            config = HaclConfig.from_dict(json.loads(metadata["hacl"]))
+            config = HaclConfig.from_dict(json.loads(metadata["hacl"]), file)
             state = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (no iterator)
             return SavedHead(config, state, json.loads(metadata.get("suffix", "null")))
-    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+    except HaclError:
+        raise
+    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise HaclError(f"{file}: cannot be read ({error}); it is written by stage 1 with HACL.") from None
 
 

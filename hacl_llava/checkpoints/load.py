@@ -131,7 +131,7 @@ def _load(checkpoint, options, vision_tower, hacl=False):
         _place(tower, checkpoint.beside)
     tower.to(device=model.get_input_embeddings().weight.device, dtype=options["torch_dtype"])
     if hacl and not model.load_hacl_head(folder):
-        config = HaclConfig.from_dict(values.get("hacl", HaclConfig().to_dict()))
+        config = HaclConfig.from_dict(values.get("hacl", {}), Path(folder) / "config.json")
         model.enable_hacl(config, suffix_ids(config, tokenizer))
     context = getattr(model.config, "max_sequence_length", 2048)  # as LLaVA's loader
     return Loaded(tokenizer, model.eval(), tower.image_processor, context)

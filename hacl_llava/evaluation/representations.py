@@ -154,7 +154,7 @@ def hacl_settings(path: str | os.PathLike) -> tuple[HaclConfig | None, bool]:
     if found is not None:
         return found[0], found[0].head_dim != 0
     saved = read_json(folder / "config.json").get("hacl")
-    return (HaclConfig.from_dict(saved) if saved else None), False
+    return (HaclConfig.from_dict(saved, folder / "config.json") if saved else None), False
 
 
 def common_config(paths: Iterable[str | os.PathLike], **given: Any) -> HaclConfig:

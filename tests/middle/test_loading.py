@@ -341,6 +341,13 @@ def test_our_heads_go_on(mini, stage2, tmp_path):
         type(model).from_pretrained(str(tmp_path / "stage1"))
     with pytest.raises(HaclError, match="holds heads of the shapes"):
         again.load_hacl_head(tmp_path / "stage1", config=HaclConfig(head_dim=8))
+    for hacl, said in (
+        ('{"ranking": 0.5}', r"hacl_head.safetensors: unknown HACL .*'ranking'"),
+        ("[", "cannot be read"),
+    ):
+        save_file({}, tmp_path / "stage1/hacl_head.safetensors", {"hacl": hacl})
+        with pytest.raises(HaclError, match=said):
+            again.load_hacl_head(tmp_path / "stage1")
     (tmp_path / "stage1/hacl_head.safetensors").write_bytes(b"nothing")
     with pytest.raises(HaclError, match="cannot be read"):
         load_pretrained(tmp_path / "stage1", mini.llm, device="cpu", hacl=True)
