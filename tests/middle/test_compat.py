@@ -92,6 +92,7 @@ def test_full_finetuning_saves_checkpoints(mini, tmp_path):
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]
 
 
+@pytest.mark.once
 def test_missing_or_wrong_llava_is_one_clear_line(tmp_path):
     command = "pip install --no-deps llava-torch==1.2.2.post1"
     missing = python("import sys; sys.modules['llava'] = None; import hacl_llava.compat")

@@ -251,6 +251,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(train, tmp_path
     assert status == 2 and "error:" in err and "file" in err and "Traceback" not in err
 
 
+@pytest.mark.once
 def test_a_second_run_in_the_same_folder_is_refused(train, tmp_path):
     code = "import sys, time; from hacl_llava.resume import lock_folder; lock_folder(sys.argv[1]); print(flush=True); "
     holder = subprocess.Popen([sys.executable, "-c", f"{code}time.sleep(99)", tmp_path], stdout=subprocess.PIPE)

@@ -614,6 +614,7 @@ def test_a_lora(mini, pope, images, tmp_path):
     assert settings["base"] == str(mini.llm) and settings["base_digest"] != settings["digest"]
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 def test_killed_half_way_for_real(checkpoint, pope, images, tmp_path, questions):
     lines = lines_of(pope)
