@@ -160,7 +160,8 @@ class HaclConfig:
     def flags_to_go_on(self, now: "HaclConfig") -> str | None:
         """The flags without which a run begun with these settings cannot go on, all that differ from ``now``; None
         where it can: neither what is contrasted nor what trains is another."""
-        needed = "representation", "prompt", "centre", "head_dim", "learnable_temperature"
+        needed = ["representation", "centre", "head_dim", "learnable_temperature"]
+        needed += ["prompt"] if self.representation == "prompt" else []
         if all(getattr(self, name) == getattr(now, name) for name in needed):
             return None
         then, now = self.to_dict(), now.to_dict()

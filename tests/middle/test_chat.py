@@ -512,7 +512,7 @@ def test_a_question_is_answered_on_stdout_as_it_comes(whole, picture, loaded):
     takes = time.monotonic() - began
     said = b"".join(pieces).decode()
     # Its beginning: sooner or later two of a random model's tokens are as likely, and a process rounds otherwise.
-    assert said[:60] == answer[:60] and len(said) > 400 and said.endswith("\n")
+    assert said[:60] == answer[:60] and len(said) > 2000 * 400 // LONG and said.endswith("\n")
     # Held back to the end, it would come in one; and it came over a good part of the time that an answer takes.
     assert len(pieces) > 50 and times[-1] - times[0] > takes / 5
     assert "do_sample" not in err and "temperature" not in err and "conversation template v1" in err

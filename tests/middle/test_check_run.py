@@ -1,5 +1,6 @@
 """What ends a run before anything is loaded: each check refuses its case, says what to do, and lets the others pass."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -347,6 +348,9 @@ def test_an_output_folder_with_another_kind_of_run(run, tmp_path, monkeypatch):
     flags = {f"hacl_{k}": v for k, v in begun.to_dict().items()}
     assert check_run.earlier_stage1(run(1, **flags)) is None
     assert check_run.earlier_stage1(run(1, **flags | {"hacl_queue_size": 0})) is None  # `resume.differences` says it
+    assert begun.flags_to_go_on(dataclasses.replace(begun, prompt="a word")) == """--hacl_prompt 'it'"'"'s a'"""
+    at_eos = HaclConfig()  # for which the prompt is of no matter
+    assert at_eos.flags_to_go_on(dataclasses.replace(at_eos, prompt="a word")) is None
     said = check_run.earlier_stage1(run(1, **flags | {"hacl_queue_size": 0, "hacl_prompt": "a word", "hacl_weight": 2}))
     assert """ --hacl_weight 1.0 --hacl_prompt 'it'"'"'s a' --hacl_queue_size 7; give that to go on""" in said
     checkpoint(out / "checkpoint-4", "adapter_config.json", "rng_state_0.pth", "rng_state_1.pth")

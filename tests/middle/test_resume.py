@@ -139,6 +139,10 @@ def test_what_cannot_be_as_it_was_is_said(train, tmp_path, mini, records):
 
     status, err = train(tmp_path / "out", "--max_steps", "4")  # with HACL: heads train too
     assert status == 2 and "begun with --use_hacl False; give that to go on" in err
+    status, err = train(
+        tmp_path / "out", *flags, "--max_steps", "4", "--mm_use_im_start_end", "True"
+    )  # words train too
+    assert status == 2 and "in which something else was trained (model.embed_tokens.weight" in err, err
 
 
 @pytest.mark.once  # the order of the data is that of the transformers with which it was begun
