@@ -15,6 +15,7 @@ import yaml
 from conftest import load
 from hub_server import TOKEN, HubServer
 from safetensors.torch import load_file, save_file
+from workers import alone
 
 from hacl_llava.checkpoints import hub
 from hacl_llava.checkpoints.convert import export_to_hf
@@ -171,6 +172,11 @@ def test_an_export_gets_a_card_that_tells_of_the_training(mini, stage1, tmp_path
     assert not list(tmp_path.rglob("README.md.part"))
 
 
+def run_code(code, folder):
+    os.chdir(folder)
+    exec(code, {})
+
+
 @pytest.mark.parametrize("kind", ["hf", "llava", "stage1"])
 def test_what_a_card_says_of_loading_works(kind, mini, llava, request, tmp_path):
     folder = request.getfixturevalue(kind) if kind != "llava" else shutil.copytree(llava, tmp_path / "llava-tiny")
@@ -181,8 +187,7 @@ def test_what_a_card_says_of_loading_works(kind, mini, llava, request, tmp_path)
         # such a processor takes no settings (docs/use.md)
         code = re.sub("processor = .*", "", code)
     code += "\nassert sum(p.numel() for p in model.parameters()) > 50_000"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    alone(run_code, code, folder.parent)
 
 
 def test_somebody_elses_readme_is_kept(stage1, tmp_path, capsys):
@@ -263,16 +268,31 @@ def test_mistakes_are_told_before_the_work(llava, tmp_path, capsys, monkeypatch)
 # ---- pushing
 
 
-def pushed(server, *command, **env):
-    """The real command line against the stand-in; the token is in no output."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": server if isinstance(server, str) else server.url, "HF_TOKEN": TOKEN}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HOME": "/nonexistent", **env}
-    done = subprocess.run(
-        [sys.executable, "-m", "hacl_llava.cli", *map(str, command)], capture_output=True, text=True, env=environment
-    )
-    assert TOKEN not in done.stdout + done.stderr
-    return done
+@pytest.fixture
+def pushed(monkeypatch, capsys):
+    """A command against the stand-in, as in a process with that environment; the token is in no output."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    def run(server, *command, HF_HUB_OFFLINE="0", **env):
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        url = server if isinstance(server, str) else server.url
+        # what huggingface_hub reads from the environment once, when it is imported
+        read = {"ENDPOINT": url, "HF_HUB_OFFLINE": HF_HUB_OFFLINE == "1", "HF_HUB_DISABLE_XET": True}
+        read["HF_TOKEN_PATH"] = "/nonexistent/token"
+        for name, value in read.items():
+            monkeypatch.setattr(constants, name, value, raising=False)
+        capsys.readouterr()
+        status = main([str(word) for word in command])
+        done = subprocess.CompletedProcess(command, status, *capsys.readouterr())
+        assert TOKEN not in done.stdout + done.stderr
+        return done
+
+    disable_progress_bars()
+    yield run
+    enable_progress_bars()
 
 
 def refused(done, message):
@@ -281,10 +301,14 @@ def refused(done, message):
     assert re.search(message, lines[0]), lines[0]
 
 
-def test_a_push_is_private_and_has_the_same_bytes(stage1):
+def test_a_push_is_private_and_has_the_same_bytes(stage1, pushed):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "/nonexistent"}
+    command = [sys.executable, "-m", "hacl_llava.cli", "card", stage1, "--push_to_hub", "me/projector"]
     with HubServer() as server:
-        done = pushed(server, "card", stage1, "--push_to_hub", "me/projector")
-        assert done.returncode == 0, done.stderr
+        environment["HF_ENDPOINT"] = server.url
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr, done.stderr
         assert f"{server.url}/me/projector: pushed, private." in done.stdout
         assert server.repos["me/projector"]["private"] is True
         received = server.files("me/projector")
@@ -301,7 +325,7 @@ def test_a_push_is_private_and_has_the_same_bytes(stage1):
         assert set(server.files("me/projector")) == MODEL | {"notes.txt"}
 
 
-def test_an_export_is_pushed_in_shards_and_public_where_that_is_said(llava, tmp_path, monkeypatch):
+def test_an_export_is_pushed_in_shards_and_public_where_that_is_said(llava, tmp_path, pushed):
     with HubServer() as server:
         target = tmp_path / "out"
         command = ("export", "--to", "hf", llava, target, "--push_to_hub", "me/model", "--public")
@@ -312,7 +336,7 @@ def test_an_export_is_pushed_in_shards_and_public_where_that_is_said(llava, tmp_
         assert server.files("me/model") == files and {"model.safetensors", "README.md"} <= set(files)
 
 
-def test_a_public_repository_is_refused_unless_told(stage1):
+def test_a_public_repository_is_refused_unless_told(stage1, pushed):
     with HubServer(public=["me/open"], private=["me/closed"]) as server:
         done = pushed(server, "card", stage1, "--push_to_hub", "me/open")
         refused(done, "me/open: is public, and a private one was wanted; nothing was uploaded. Say --public")
@@ -323,7 +347,7 @@ def test_a_public_repository_is_refused_unless_told(stage1):
         assert "pushed, private." in done.stdout and server.repos["me/closed"]["private"] is True  # keeps what it is
 
 
-def test_somebody_elses_readme_is_pushed_as_it_is(stage1, tmp_path):
+def test_somebody_elses_readme_is_pushed_as_it_is(stage1, tmp_path, pushed):
     (stage1 / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     with HubServer() as server:
         done = pushed(server, "card", stage1, "--push_to_hub", "me/x")
@@ -360,7 +384,7 @@ def test_somebody_elses_readme_is_pushed_as_it_is(stage1, tmp_path):
         (None, "me/x", {}, r"me/x: the push failed \(\w+.*\); check the network, and HF_END"),
     ],
 )
-def test_refusals_are_one_line(stage1, server, command, env, message):
+def test_refusals_are_one_line(stage1, pushed, server, command, env, message):
     with HubServer(**(server or {})) as hub_server:
         done = pushed(
             hub_server if server is not None else "http://127.0.0.1:9", "card", stage1, "--push_to_hub", command, **env
@@ -377,16 +401,11 @@ def test_signed_addresses_and_tokens_are_not_told():
     assert "secret" not in line and TOKEN not in line and "\n" not in line and "no route to host/path for ***" in line
 
 
-def test_a_branch_is_made_and_filled(stage1, llava):
-    code = (
-        "import sys; from hacl_llava.checkpoints import hub; hub.write_card(sys.argv[1]); "
-        "print(hub.push(sys.argv[1], 'me/x', revision='v2')); hub.push(sys.argv[1], 'me/x', revision='v2')"
-    )
+def test_a_branch_is_made_and_filled(stage1, pushed):
     with HubServer() as server:
-        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        environment["HF_HUB_OFFLINE"] = "0"
-        done = subprocess.run([sys.executable, "-c", code, stage1], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0 and f"('{server.url}/me/x', True)" in done.stdout, done.stderr
+        assert pushed(server, "card", stage1).returncode == 0 and not server.log
+        for _ in range(2):
+            assert hub.push(stage1, "me/x", revision="v2") == (f"{server.url}/me/x", True)
         assert set(server.files("me/x", "v2")) == MODEL and server.files("me/x") == {}
 
 
