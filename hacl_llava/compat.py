@@ -7,6 +7,7 @@ versions do not need it.
 
 import atexit
 import functools
+import importlib.util
 import inspect
 import os
 import sys
@@ -375,9 +376,7 @@ def _import_llava():
     try:
         import llava
     except ImportError as error:
-        if getattr(error, "name", None) != "llava":
-            raise LlavaNotUsable(f"llava cannot be imported ({error}); see: hacl-llava env") from error
-        raise LlavaNotUsable(f"llava is not installed; run: {LLAVA_INSTALL}") from None
+        raise LlavaNotUsable(f"llava cannot be imported ({error}); see: hacl-llava env") from error
     try:
         from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
         from llava.train.llava_trainer import LLaVATrainer
@@ -390,6 +389,8 @@ def _import_llava():
     return LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer
 
 
+if importlib.util.find_spec("llava") is None:
+    raise LlavaNotUsable(f"llava is not installed; run: {LLAVA_INSTALL}")
 _layernorm_list()
 _argument_parser()
 _deepspeed_on_cpu()

@@ -2,7 +2,10 @@
 thread and no process group. `run_ranks` runs a function over gloo; `Run` runs the training's own entry points."""
 
 import atexit
+import contextlib
+import io
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -80,6 +83,19 @@ def alone(function, *args):
     if error:
         raise RuntimeError(error)
     return value
+
+
+def stock_training(argv, file=None):
+    """LLaVA's own train(), or that of another train.py, for a process of its own; returns what it prints."""
+    import hacl_llava.compat  # noqa: F401, I001
+    import llava.train.train as module
+
+    sys.argv = ["train.py", *argv]
+    if file:
+        exec(compile(Path(file).read_text(), str(file), "exec"), vars(module))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        module.train()
+    return said.getvalue()
 
 
 def _door(argv, stage, log, env, prepare):
@@ -186,6 +202,12 @@ class Command:
             self.process.kill()
             raise TimeoutError(f"not over after {timeout} s")
         return self.process.exitcode, self.out.read_text(), self.err.read_text()
+
+
+def small_disk(largest):
+    """A disk on which no file may have more than so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
 
 def slow_disk(seconds):

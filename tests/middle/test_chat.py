@@ -496,6 +496,7 @@ def test_in_a_terminal_a_short_answer_then_ctrl_c_at_the_prompt(whole, picture, 
         assert terminal.ends() == 0
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 def test_a_question_is_answered_on_stdout_as_it_comes(whole, picture, loaded):
     command = [sys.executable, "-m", "hacl_llava.cli", "chat", whole, "--image", picture, "--device", "cpu"]

@@ -4,9 +4,7 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ import torch
 import transformers
 from conftest import load
 from PIL import Image
+from workers import Command, small_disk
 
 from hacl_llava.checkpoints import convert as checkpoint
 from hacl_llava.checkpoints.convert import export_to_hf, import_from_hf
@@ -202,7 +201,8 @@ def test_what_cannot_be_converted_says_why(llava, tmp_path, change, message, mon
     assert not (tmp_path / "hf").exists()
 
 
-def test_targets_are_whole_or_not_there(llava, tmp_path, capsys):
+@pytest.mark.once
+def test_targets_are_whole_or_not_there(llava, tmp_path, tmp_path_factory, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious").write_text("mine")
     assert main(["export", "--to", "hf", str(llava), str(tmp_path / "full")]) == 2
@@ -213,30 +213,26 @@ def test_targets_are_whole_or_not_there(llava, tmp_path, capsys):
     assert main(["export", "--to", "hf", str(damaged), str(tmp_path / "hf")]) == 2
     assert "model.safetensors: cannot be read" in capsys.readouterr().err
 
-    def cap():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    command = [sys.executable, "-m", "hacl_llava.cli", "export", "--to", "hf", llava, tmp_path / "hf"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=cap)
-    assert done.returncode == 2 and f"{tmp_path / 'hf'}: cannot be written" in done.stderr, done.stderr
+    command = ("export", "--to", "hf", llava, tmp_path / "hf")
+    code, _, said = Command(tmp_path_factory.mktemp("said"), *command, prepare=(small_disk, 100_000)).ends()
+    assert code == 2 and f"{tmp_path / 'hf'}: cannot be written" in said, said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "full"]
 
 
+@pytest.mark.once
 @pytest.mark.e2e
-def test_killed_while_writing(llava, tmp_path):
-    rng, command = random.Random(0), [sys.executable, "-m", "hacl_llava.cli", "export", "--to", "hf", llava]
-    done = 0
+def test_killed_while_writing(llava, tmp_path, tmp_path_factory):
+    rng, done, log = random.Random(0), 0, tmp_path_factory.mktemp("said")
     for attempt in range(12):
-        process = subprocess.Popen([*command, tmp_path / "hf"], stdout=-3, stderr=-3)
+        process = Command(log, "export", "--to", "hf", llava, tmp_path / "hf").process
         target = tmp_path / "hf.part"
         for _ in range(60_000):
-            if target.exists() or process.poll() is not None:
+            if target.exists() or not process.is_alive():
                 break
             time.sleep(0.0005)
         time.sleep(rng.random() * 0.05 * (attempt % 3))
         process.kill()
-        process.wait()
+        process.join()
         if (tmp_path / "hf").exists():  # whole
             transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
             shutil.rmtree(tmp_path / "hf")

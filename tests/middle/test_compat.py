@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import arguments, load
 from PIL import Image
+from workers import alone, stock_training
 
 import hacl_llava
 
@@ -19,8 +21,6 @@ PACKAGE = Path(hacl_llava.__file__).parent
 
 
 def python(code, **env):
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
     )
@@ -79,14 +79,10 @@ def test_arguments_as_llavas_scripts_spell_them(mini, tmp_path):
 
 def test_full_finetuning_saves_checkpoints(mini, tmp_path):
     # LLaVATrainer._save_checkpoint outside of stage 1 passes an argument that newer Trainers refuse.
-    code = (
-        "import sys; from hacl_llava import compat; import llava.train.train as t; "
-        f"sys.argv = ['train.py', *{arguments(mini, tmp_path / 'out', '--use_cpu', 'True', stock=True)!r}]; "
-        "i = sys.argv.index('--tune_mm_mlp_adapter'); sys.argv[i + 1] = 'False'; "
-        "sys.argv[sys.argv.index('--save_strategy') + 1] = 'steps'; sys.argv += ['--save_steps', '2']; t.train()"
-    )
-    done = python(code)
-    assert done.returncode == 0, done.stderr[-2000:]
+    argv = arguments(mini, tmp_path / "out", "--use_cpu", "True", "--save_steps", "2", stock=True)
+    argv[argv.index("--tune_mm_mlp_adapter") + 1] = "False"
+    argv[argv.index("--save_strategy") + 1] = "steps"
+    alone(stock_training, argv)
     assert (tmp_path / "out/checkpoint-2/model.safetensors").exists()
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]

@@ -347,6 +347,7 @@ print(status_of(worker, 1), status_of(rank, 2), status_of(rank, 1, wait=3))
 """
 
 
+@pytest.mark.once
 def test_signals_reach_whom_they_should():
     """A data worker; a rank whose launcher has lost another; and, as a control, one whose launcher has not."""
     done = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True, text=True, timeout=200)

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import re
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, names_in
-from workers import ROOT, Run, slow_disk, trained
+from workers import ROOT, Run, slow_disk, small_disk, trained
 
 from hacl_llava import cli
 from hacl_llava.common.weights import Weights
@@ -83,7 +81,7 @@ def checkpoints(folder):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.once), "hacl"])
 def test_killed_at_random_it_ends_as_if_never_stopped(mini, tmp_path, mode):
     """kill -9 again and again, in the middle of steps and of saving; after each, what is there is whole."""
     flags = (*MODES[mode], "--use_cpu", "True")
@@ -142,11 +140,6 @@ def _model_file(folder):
                 if (folder / n).exists())  # fmt: skip
 
 
-def small_disk(largest):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-
 @pytest.mark.e2e
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_full_disk_while_saving(mini, tmp_path, mode):
@@ -202,7 +195,10 @@ def torchs_adam():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("config, mode", [("zero3_offload", "full"), ("zero3", "full"), ("zero2", "lora")])
+@pytest.mark.parametrize(
+    "config, mode",
+    [("zero3_offload", "full"), pytest.param("zero3", "full", marks=pytest.mark.once), ("zero2", "lora")],
+)
 def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, capfd, monkeypatch, config, mode):
     """Stage 1 (HACL, ZeRO-2) -> stage 2, killed and resumed -> merged -> exported -> answers in plain transformers."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the commands set it; not for other tests

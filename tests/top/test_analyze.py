@@ -650,6 +650,7 @@ def test_names_stand_in_legends_as_they_are(tmp_path, monkeypatch):
         figures.pyplot().close(figure)
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 def test_through_the_command_line(common, tmp_path):
     command = ["analyze", *common, "--limit", "10"]

@@ -186,9 +186,9 @@ def test_wheel_in_a_clean_environment(tmp_path):
     shutil.copytree(ROOT, source, ignore=ignore)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(source))
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
     python = tmp_path / "venv/bin/python"
-    run(str(python), "-m", "pip", "install", "--no-deps", str(wheel))
+    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", str(wheel))
     site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
     here = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
     Path(site, "dependencies.pth").write_text(here + "\n")
@@ -199,9 +199,10 @@ def test_wheel_in_a_clean_environment(tmp_path):
     assert "tested together" in run(str(tmp_path / "venv/bin/hacl-llava"), "env", cwd=tmp_path, env=env).stdout
     out = run(str(python), "-m", "hacl_llava.train", "--help", cwd=tmp_path, env=env).stdout
     assert "--hacl_negatives" in out
-    coco = str(ROOT / "tests/data/coco_captions.json")
-    out = run(str(tmp_path / "venv/bin/hacl-llava"), "hallucinate", coco, "out.json", cwd=tmp_path, env=env).stdout
-    assert "401 of 401 records have hallucinated captions" in out  # the vocabulary is in the wheel
+    Path(tmp_path, "in.json").write_bytes((ROOT / "tests/data/coco_captions.json").read_bytes())
+    more = ("hallucinate", "in.json", "out.json", "--limit", "5", "--choose", "random")
+    out = run(str(tmp_path / "venv/bin/hacl-llava"), *more, cwd=tmp_path, env=env).stdout
+    assert "5 of 401 records have hallucinated captions" in out  # the vocabulary is in the wheel
     words = "from hacl_llava.evaluation.chair import read_synonyms as r; print(r().category['polar bear'])"
     assert run(str(python), "-c", words, cwd=tmp_path, env=env).stdout == "bear\n"  # and the words for COCO's objects
     points = "import importlib.metadata as m; print(m.entry_points(group='lmms_eval.models')['hacl_llava'].value)"
