@@ -141,7 +141,27 @@ def test_script_for_several_nodes(tmp_path):
     assert out.endswith("--per_device_train_batch_size 16 --hacl_negatives batch")
 
 
+def check_parity_and_step(folder):
+    apart = json.loads((folder / "parity.json").read_text())["apart"]
+    assert apart["float32, shared against separate"] < 1e-4 < apart["bfloat16, shared against separate"]
+    assert apart["bfloat16, shared against separate"] < 2 * apart["bfloat16 against float32, separate"]
+    (_, without) = json.loads((folder / "step-2.json").read_text())["parts"]
+    assert all(row["to_stock"] for row in without["steps"].values())
+
+
 @pytest.mark.once
+def test_what_a_step_is_measured_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import step
+
+    sizes = ["step.py", "--shape", "tiny", "--visual", "9", "--output", str(tmp_path)]
+    for more in (["--parity"], ["--timed", "--images", "2", "--rounds", "1", "--name", "2"]):
+        monkeypatch.setattr(sys, "argv", sizes + more)
+        step.main()
+    check_parity_and_step(tmp_path)
+
+
+@pytest.mark.slow
 def test_what_a_gpu_is_measured_with(tmp_path):
     """`make gpu`, at a shape for a CPU: each part leaves its file, and what is there is not made again."""
     tiny = {"SHAPE": "tiny", "VISUAL": "9", "IMAGES": "2", "ROUNDS": "1", "ZERO": "2", "OUT": str(tmp_path)}
@@ -152,11 +172,7 @@ def test_what_a_gpu_is_measured_with(tmp_path):
 
     first = run()
     assert first.returncode == 0, first.stdout + first.stderr
-    apart = json.loads((tmp_path / "parity.json").read_text())["apart"]
-    assert apart["float32, shared against separate"] < 1e-4 < apart["bfloat16, shared against separate"]
-    assert apart["bfloat16, shared against separate"] < 2 * apart["bfloat16 against float32, separate"]
-    (_, without) = json.loads((tmp_path / "step-2.json").read_text())["parts"]
-    assert all(row["to_stock"] for row in without["steps"].values())
+    check_parity_and_step(tmp_path)
     runs = json.loads((tmp_path / "engines.json").read_text())["runs"]["ZeRO-2"]
     assert set(runs) == {"plain", "hacl", "hacl, few layers recomputed"} and all(r["seconds"] for r in runs.values())
     assert run().stdout.count("there already") == 3
