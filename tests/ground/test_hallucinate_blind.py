@@ -166,6 +166,7 @@ def test_the_same_seed_gives_the_same_and_several_differ():
     assert choice.take(0, "a dog", []) == []
 
 
+@pytest.mark.once
 def test_rules_choose_blindly_in_human_captions():
     rows = human()
     items = [Item(i, "", caption) for i, (_, caption) in enumerate(rows)]

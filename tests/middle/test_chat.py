@@ -460,6 +460,7 @@ class Terminal:
         return self.command.ends(timeout=100)[0]
 
 
+@pytest.mark.once
 @pytest.mark.e2e
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_the_conversation_goes_on(whole, picture, tmp_path):
     with Terminal(tmp_path, whole, "--image", picture, "--max-new-tokens", LONG) as terminal:

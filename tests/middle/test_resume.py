@@ -356,7 +356,7 @@ def test_signals_reach_whom_they_should():
 
 # --- killed for real --------------------------------------------------------------------------------------------------
 
-KILLS = int(os.environ.get("HACL_KILLS", 6))  # in each of the two tests; `make test-all` asks for 20
+KILLS = int(os.environ.get("HACL_KILLS", 4))  # in each of the two tests; `make test-all` asks for 20
 
 
 def catches(pid, number):
