@@ -89,8 +89,8 @@ def test_scripts_of_the_real_run_as_they_are(of_scripts, tmp_path):
     env, flags = of_scripts
     env |= launcher_that_prints(tmp_path)
 
-    def train(script, stage, **more):
-        out = run("bash", f"scripts/{script}_7b.sh", *flags, **env, **more).stdout.splitlines()
+    def train(script, stage):
+        out = run("bash", f"scripts/{script}_7b.sh", *flags, **env).stdout.splitlines()
         assert out[0] == f"scripts/{script}_hacl.py"
         return trained(out[1:], tmp_path / f"{stage}.log", stage=stage, ranks=2)
 
