@@ -32,6 +32,16 @@ def _parameters(function):
     return inspect.signature(function).parameters
 
 
+def _find_llava():
+    # What needs no import is told before those that take seconds.
+    spec = importlib.util.find_spec("llava")
+    if spec is None:
+        raise LlavaNotUsable(f"llava is not installed; run: {LLAVA_INSTALL}")
+    where = list(spec.submodule_search_locations or [spec.origin])
+    if not any(os.path.exists(os.path.join(folder, "train", "llava_trainer.py")) for folder in where):
+        raise LlavaNotUsable(f"the llava at {where[0]} is not LLaVA {LLAVA_VERSION}; run: {LLAVA_INSTALL}")
+
+
 # --- before llava.train is imported -----------------------------------------------------------------------------------
 
 
@@ -382,15 +392,14 @@ def _import_llava():
         from llava.train.llava_trainer import LLaVATrainer
     except ImportError as error:
         # llava.model hides its own import errors, so the name of what is missing is all there is.
-        where = getattr(llava, "__file__", None) or list(getattr(llava, "__path__", ["?"]))[0]
         raise LlavaNotUsable(
-            f"the llava at {where} is not LLaVA {LLAVA_VERSION} or does not work here ({error}); run: {LLAVA_INSTALL}"
+            f"the llava at {list(llava.__path__)[0]} is not LLaVA {LLAVA_VERSION} or does not work here ({error}); "
+            f"run: {LLAVA_INSTALL}"
         ) from error
     return LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LLaVATrainer
 
 
-if importlib.util.find_spec("llava") is None:
-    raise LlavaNotUsable(f"llava is not installed; run: {LLAVA_INSTALL}")
+_find_llava()
 _layernorm_list()
 _argument_parser()
 _deepspeed_on_cpu()

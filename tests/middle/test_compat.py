@@ -16,6 +16,7 @@ from PIL import Image
 from workers import alone, stock_training
 
 import hacl_llava
+from hacl_llava import compat
 
 PACKAGE = Path(hacl_llava.__file__).parent
 
@@ -88,8 +89,7 @@ def test_full_finetuning_saves_checkpoints(mini, tmp_path):
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]
 
 
-@pytest.mark.once
-def test_missing_or_wrong_llava_is_one_clear_line(tmp_path):
+def test_missing_or_wrong_llava_is_one_clear_line(tmp_path, monkeypatch):
     command = "pip install --no-deps llava-torch==1.2.2.post1"
     missing = python("import sys; sys.modules['llava'] = None; import hacl_llava.compat")
     assert missing.stderr.strip().splitlines()[-1].endswith(f"llava is not installed; run: {command}")
@@ -97,7 +97,10 @@ def test_missing_or_wrong_llava_is_one_clear_line(tmp_path):
     (tmp_path / "llava/__init__.py").write_text("")
     wrong = python("import hacl_llava.compat", PYTHONPATH=str(tmp_path))
     line = wrong.stderr.strip().splitlines()[-1]
-    assert str(tmp_path) in line and "is not LLaVA 1.2.2.post1" in line and command in line
+    assert f"the llava at {tmp_path / 'llava'} is not LLaVA 1.2.2.post1; run: {command}" in line
+    monkeypatch.setitem(sys.modules, "llava.model", types.ModuleType("llava.model"))  # as where its own imports fail
+    with pytest.raises(compat.LlavaNotUsable, match=rf"does not work here \(.*LlavaLlamaFor.*\); run: {command}"):
+        compat._import_llava()
 
 
 def test_import_is_light():
