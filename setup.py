@@ -63,7 +63,6 @@ setup(
             "openai>=1.56",
             "matplotlib>=3.7",
             "scikit-learn>=1.3",
-            "bitsandbytes>=0.43",
         ],
     },
     entry_points={

@@ -1,13 +1,16 @@
 """One miniature world on disk for all tests, and models loaded the way LLaVA's train() loads them."""
 
 import contextlib
+import gc
 import json
 import os
+import pickle
 import signal
 import time
 import types
 from pathlib import Path
 
+import filelock
 import hypothesis
 import pytest
 
@@ -23,6 +26,15 @@ hypothesis.settings.register_profile(  # how long an example takes is the machin
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("patient")
+
+
+# Of what is imported nothing is garbage, and each search of it for some would take a third of a second.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.enable()
+    gc.freeze()
 
 
 def names_in(folder):
@@ -52,6 +64,18 @@ def _of_session(leader):
             if int(session) == leader and state not in "ZX":
                 found.append(int(name))
     return found
+
+
+def made_once(tmp_path_factory, name, make):
+    """``make(folder)``, called by the first of pytest's processes that wants it; the others wait for what it gave."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    file = folder.with_suffix(".pickle")
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not file.exists():
+            folder.mkdir()
+            file.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(file.read_bytes())
 
 
 @pytest.fixture(scope="session")

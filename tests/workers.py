@@ -3,6 +3,8 @@ thread and no process group. `run_ranks` runs a function over gloo; `Run` runs t
 
 import atexit
 import contextlib
+import gc
+import importlib
 import io
 import os
 import resource
@@ -12,6 +14,8 @@ import tempfile
 import time
 import traceback
 import uuid
+import warnings
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 
 import torch
@@ -20,10 +24,38 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hacl_llava.compat", "llava.train.train", "hacl_llava.trainer", "deepspeed"])
+IMPORTED = ["hacl_llava.compat", "llava.train.train", "hacl_llava.trainer", "deepspeed"]
+CONTEXT.set_forkserver_preload(IMPORTED)
+
+
+def fork_server():
+    """The server as a fork of this process, in place of an interpreter that imports all of this again."""
+
+    def fork(path, command, files):
+        if pid := os.fork():
+            return pid
+        for file in map(int, os.listdir("/proc/self/fd")):
+            if file > 2 and file not in files:
+                with contextlib.suppress(OSError):
+                    os.close(file)
+        importlib.reload(warnings)  # which pytest keeps to itself
+        try:
+            exec(command[-1], {})
+        finally:
+            os._exit(0)
+
+    for name in IMPORTED:
+        importlib.import_module(name)
+    resource_tracker.ensure_running()
+    start, util.spawnv_passfds = util.spawnv_passfds, fork
+    try:
+        forkserver.ensure_running()
+    finally:
+        util.spawnv_passfds = start
 
 
 def _entry(rank, world, init, function, args, results):
+    gc.freeze()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
@@ -65,6 +97,7 @@ def run_ranks(function, *args, world=2, timeout=240):
 
 
 def _alone(results, function, args):
+    gc.freeze()
     try:
         results.put((function(*args), None))
     except BaseException:
@@ -99,6 +132,7 @@ def stock_training(argv, file=None):
 
 
 def _door(argv, stage, log, env, prepare):
+    gc.freeze()
     os.setsid()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process that no server has forked
     os.chdir(ROOT)
@@ -174,6 +208,7 @@ def trained(*args, **kwargs):
 
 
 def _command(argv, out, err, prepare):
+    gc.freeze()
     os.setsid()
     mp.set_start_method("fork", force=True)
     for stream, name in ((1, out), (2, err)):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import load
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -453,9 +452,7 @@ def test_quantized(mini, stage2, tmp_path):
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(HaclError, match=r"pip install 'hacl-llava\[quantize\]'"):
             load_pretrained(folder, device="cpu", bits=4)
-        pytest.skip("bitsandbytes is not installed")
-    if not torch.cuda.is_available() and transformers.__version__.startswith("4.37"):
-        pytest.skip("this transformers quantizes on a GPU alone")
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = load_pretrained(folder, device="cpu", bits=4)

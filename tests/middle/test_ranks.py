@@ -6,21 +6,17 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import arguments, batch_of, gradients, load, relative
+from conftest import arguments, batch_of, gradients, load, made_once, relative
 from test_e2e import log_of
 from workers import ROOT, Run, run_ranks, trained
 
 from hacl_llava import fused
-from hacl_llava.demo import free_port
 from hacl_llava.nonfinite import NonFiniteGuard
 from hacl_llava.recomputation import recompute
 
@@ -151,8 +147,10 @@ def engine_worker(rank, world, paths, rows, folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(mini, records, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guard")
-    return run_ranks(engine_worker, vars(mini), mixed(records), str(folder)), folder
+    def of_all(folder):
+        return run_ranks(engine_worker, vars(mini), mixed(records), str(folder)), folder
+
+    return made_once(tmp_path_factory, "two_ranks", of_all)
 
 
 @pytest.fixture(scope="module")
@@ -273,67 +271,6 @@ def spoil(identity):
         return found
 
     data.HaclDataset.__getitem__ = spoiled
-
-
-# What the launcher starts in place of scripts/pretrain_hacl.py: the second rank dies in its third step.
-DYING = """
-import os, signal, sys, time
-from pathlib import Path
-from hacl_llava import trainer
-from hacl_llava.train import main
-
-step = trainer.HaclTrainer.training_step
-
-def dying(self, *args, **kwargs):
-    if os.environ["RANK"] == "1" and self.state.global_step == 2:
-        Path(os.environ["MARKER"]).write_text(str(time.time()))
-        if os.environ["FAULT"] == "raises":
-            raise RuntimeError("the second rank has lost its way")
-        os.kill(os.getpid(), signal.SIGKILL) if os.environ["FAULT"] == "killed" else os._exit(7)
-    return step(self, *args, **kwargs)
-
-trainer.HaclTrainer.training_step = dying
-sys.exit(main())
-"""
-
-
-def alive(folder):
-    """Processes with the folder on their command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if str(folder).encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
-                found.append(int(process.name))
-    return found
-
-
-@pytest.mark.once
-@pytest.mark.e2e
-@pytest.mark.parametrize("fault", ["killed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("raises", "exits"))])
-def test_a_rank_that_dies_ends_the_run(mini, tmp_path, fault):
-    """Under DeepSpeed's launcher."""
-    argv = arguments(mini, tmp_path / "out", "--deepspeed", "zero_configs/zero2.json", "--bf16", "True")
-    argv += ["--per_device_train_batch_size", "4", "--dataloader_num_workers", "1"]
-    (tmp_path / "dying.py").write_text(DYING)
-    launcher = (Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port())
-    env = {"FAULT": fault, "MARKER": str(tmp_path / "died"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [str(x) for x in (sys.executable, *launcher, tmp_path / "dying.py", *argv)], capture_output=True, text=True,
-        timeout=300, cwd=ROOT, env={**os.environ, **env},
-    )  # fmt: skip
-    end = time.time()
-    assert done.returncode != 0
-    assert end - float((tmp_path / "died").read_text()) < 60
-    said = done.stdout + done.stderr
-    if fault == "raises":
-        assert "RuntimeError: the second rank has lost its way" in said
-    else:  # such a death says nothing itself; the launcher does
-        assert re.search(f"exits with return code = {7 if fault == 'exits' else -9}", said), said[-3000:]
-    assert not (tmp_path / "out/mm_projector.bin").exists()
-    until = time.time() + 60  # data workers of a rank that was killed look every five seconds whether it lives
-    while alive(tmp_path) and time.time() < until:
-        time.sleep(0.2)
-    assert not alive(tmp_path)
 
 
 @pytest.fixture(scope="module")

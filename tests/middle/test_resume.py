@@ -1,12 +1,12 @@
 """Stage 1 stopped at any moment: the same command goes on, and ends where it would have ended."""
 
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import arguments, names_in, relative
+from conftest import arguments, made_once, names_in, relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from workers import Run, slow_disk
+from workers import CONTEXT, Run, alone, slow_disk
 
 from hacl_llava import resume
 from hacl_llava.compat import STATE_FILE, order_is_of_one_rank
@@ -255,18 +255,24 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(train, tmp_path
     assert status == 2 and "error:" in err and "file" in err and "Traceback" not in err
 
 
+def _hold(folder, held):
+    resume.lock_folder(folder)
+    held.set()
+    time.sleep(99)
+
+
 @pytest.mark.once
 def test_a_second_run_in_the_same_folder_is_refused(train, tmp_path):
-    code = "import sys, time; from hacl_llava.resume import lock_folder; lock_folder(sys.argv[1]); print(flush=True); "
-    holder = subprocess.Popen([sys.executable, "-c", f"{code}time.sleep(99)", tmp_path], stdout=subprocess.PIPE)
+    held = CONTEXT.Event()
+    holder = CONTEXT.Process(target=_hold, args=(tmp_path, held))
+    holder.start()
     try:
-        holder.stdout.readline()
+        assert held.wait(60)
         status, err = train(tmp_path)
         assert status == 2 and f"another run writes there (process {holder.pid} on " in err and "--output_dir" in err
     finally:
         holder.kill()
-        holder.wait()
-        holder.stdout.close()
+        holder.join()
     assert train(tmp_path, "--max_steps", "1")[0] == 0  # a dead one's lock does not count
 
 
@@ -304,54 +310,52 @@ def test_deepspeed_optimizer_that_hides_its_state_is_refused():
         resume.optimizers(hidden, [torch.zeros(1)])
 
 
-SIGNALLED = """
-import hashlib, os, signal, sys, time
-from hacl_llava import resume
-
-def worker():  # of the data: outlives the first SIGTERM, which a launcher sends to the whole tree, and no second one
+def _data_worker(ready):
+    """Outlives the first SIGTERM, which a launcher sends to the whole tree, and no second one."""
     resume.in_worker(lambda number: None, 3)
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR1):
-        os.kill(os.getpid(), s)
-    os.write(1, b"alive ")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    os.write(ready, b"alive")
     os.kill(os.getpid(), signal.SIGTERM)
 
-def rank():  # in something that no Python interrupts, as a collective with a rank that died
+
+def _rank(ready):
+    """In something that no Python interrupts, as a collective with a rank that died."""
     resume.SIGNALS.catch()
     resume.SIGNALS.phase = "training"
-    os.write(READY[1], b".")
+    os.write(ready, b"begun")
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
 
-READY = os.pipe()
 
 def status_of(function, ranks, wait=100):
+    """What a process says that runs the function, and its exit status; None where it works on, whatever it is sent."""
     os.environ["LOCAL_SIZE"] = str(ranks)
+    said, ready = os.pipe()
     child = os.fork()
     if child == 0:
-        function()
+        function(ready)
         os._exit(0)
-    if function is rank:
-        os.read(READY[0], 1)
+    found = os.read(said, 9)
+    if function is _rank:
         time.sleep(1)
         os.kill(child, signal.SIGTERM)
-    until = time.time() + wait
-    while time.time() < until:
+    until, done = time.time() + wait, 0
+    while time.time() < until and not done:
         done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
+    if done:
+        return found, os.waitstatus_to_exitcode(status)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return "works on"
-
-print(status_of(worker, 1), status_of(rank, 2), status_of(rank, 1, wait=3))
-"""
+    return found, None
 
 
 @pytest.mark.once
 def test_signals_reach_whom_they_should():
     """A data worker; a rank whose launcher has lost another; and, as a control, one whose launcher has not."""
-    done = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.stdout.split() == ["alive", "-15", "143", "works", "on"], done.stderr[-900:]
+    assert alone(status_of, _data_worker, 1) == (b"alive", -signal.SIGTERM)
+    assert alone(status_of, _rank, 2) == (b"begun", 143)
+    assert alone(status_of, _rank, 1, 3) == (b"begun", None)
 
 
 # --- killed for real --------------------------------------------------------------------------------------------------
@@ -443,10 +447,14 @@ def ranks(mini, rows, output, number, *more):
 @pytest.fixture(scope="module")
 def two_ranks(mini, rows, tmp_path_factory):
     """What an uninterrupted run on two ranks leaves."""
-    run = ranks(mini, rows, tmp_path_factory.mktemp("two_ranks") / "whole", 2)
-    assert run.ends() == 0, run.said()[-3000:]
-    assert run.said().count("engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu") == 1
-    return final(run.log.with_suffix(""))
+
+    def train(folder):
+        run = ranks(mini, rows, folder / "whole", 2)
+        assert run.ends() == 0, run.said()[-3000:]
+        assert run.said().count("engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu") == 1
+        return final(folder / "whole")
+
+    return made_once(tmp_path_factory, "uninterrupted", train)
 
 
 @pytest.mark.distributed

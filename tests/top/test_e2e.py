@@ -3,18 +3,20 @@
 A launcher costs a quarter of a minute, so it is started once for each promise that is the launcher's; what the ranks of
 a run do is tested on `workers.Run`, which begins them in a moment."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import arguments
-from workers import Run, alone, stock_training, trained
+from workers import Command, Run, alone, stock_training, trained
 
 from hacl_llava import cli
 from hacl_llava.config import PRESETS, HaclConfig
@@ -74,13 +76,58 @@ def of_scripts(mini, tmp_path):
     return env, ("--tf32", "False", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "1")
 
 
+# As sitecustomize.py, of every Python that a run starts: the second rank dies in its third step.
+DYING = """
+import os, signal, time
+from pathlib import Path
+
+def dying(self, *args, **kwargs):
+    if self.state.global_step == 2:
+        Path(os.environ["MARKER"]).write_text(str(time.time()))
+        if os.environ["FAULT"] == "raises":
+            raise RuntimeError("the second rank has lost its way")
+        os.kill(os.getpid(), signal.SIGKILL) if os.environ["FAULT"] == "killed" else os._exit(7)
+    return step(self, *args, **kwargs)
+
+if os.environ.get("RANK") == "1":
+    from hacl_llava.trainer import HaclTrainer
+
+    step, HaclTrainer.training_step = HaclTrainer.training_step, dying
+"""
+
+
+def alive(folder):
+    """Processes with the folder on their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
+                found.append(int(process.name))
+    return found
+
+
 @pytest.mark.once
-def test_pretraining_script_under_the_launcher(of_scripts, tmp_path):
+@pytest.mark.parametrize("fault", ["killed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("raises", "exits"))])
+def test_pretraining_script_under_the_launcher_ends_with_a_rank_that_dies(of_scripts, tmp_path, fault):
+    (tmp_path / "sitecustomize.py").write_text(DYING)
     env, flags = of_scripts
+    env |= {"FAULT": fault, "MARKER": str(tmp_path / "died"), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env["LAUNCHER_ARGS"] = f"--num_gpus 2 --master_port {free_port()}"
-    done = run("bash", "scripts/pretrain_7b.sh", *flags, **env)
-    check_stage1(done.stdout + done.stderr, tmp_path / "stage1", 2, heads="")
+    done = run("bash", "scripts/pretrain_7b.sh", *flags, "--per_device_train_batch_size", 4, check=False, **env)
+    end, said = time.time(), done.stdout + done.stderr
+    assert "engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu, fused passes" in said, said[-3000:]
+    assert said.count("'loss':") == 2  # that of two steps
+    assert done.returncode != 0 and end - float((tmp_path / "died").read_text()) < 60
+    if fault == "raises":
+        assert "RuntimeError: the second rank has lost its way" in said
+    else:  # such a death says nothing itself; the launcher does
+        assert re.search(f"exits with return code = {7 if fault == 'exits' else -9}", said), said[-3000:]
+    assert not (tmp_path / "stage1/mm_projector.bin").exists()
+    until = time.time() + 60  # data workers of a rank that was killed look every five seconds whether it lives
+    while alive(tmp_path) and time.time() < until:
+        time.sleep(0.2)
+    assert not alive(tmp_path)
 
 
 @pytest.mark.distributed
@@ -180,9 +227,20 @@ def test_what_a_gpu_is_measured_with(tmp_path):
 
 @pytest.mark.once
 def test_demo(tmp_path, monkeypatch, capfd):
-    """The whole of `make demo`, with one epoch of 64 images."""
+    """The whole of `make demo`, with one epoch of 64 images; what is not HACL's begins in forked processes."""
     from hacl_llava import demo
 
+    train = demo._train
+
+    def begin(what, command, log, *others):
+        if "HACL" in what:
+            return train(what, command, log, *others)
+        if "eval" in command:
+            return Command(tmp_path, *command[command.index("eval") :]).ends()[0]
+        (at,) = (i for i, x in enumerate(command) if x.endswith("_hacl.py"))
+        return Run(command[at + 1 :], log, stage=1 if "pretrain" in command[at] else 2).ends()
+
+    monkeypatch.setattr(demo, "_train", begin)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets both; not for other tests
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert demo.run(demo.DemoOptions(output=str(tmp_path), images=64, epochs=1)) == 0
@@ -198,13 +256,6 @@ def test_demo(tmp_path, monkeypatch, capfd):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") >= 1 and page.count('class="card"') == 12 and "<mark>" in page
     assert (tmp_path / "llava-HACL/mm_projector.bin").exists()
-
-
-@pytest.mark.once
-def test_module_through_the_launcher():
-    # An installed package has no scripts/: the launcher takes the module.
-    done = launch(1, "--module", "hacl_llava.train", "--help")
-    assert "--hacl_weight FLOAT" in done.stdout and "deepspeed scripts/pretrain_hacl.py" in done.stdout
 
 
 def test_llavas_own_script_after_the_patch(mini, tmp_path):
