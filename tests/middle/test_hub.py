@@ -271,8 +271,7 @@ def test_mistakes_are_told_before_the_work(llava, tmp_path, capsys, monkeypatch)
 @pytest.fixture
 def pushed(monkeypatch, capsys):
     """A command against the stand-in, as in a process with that environment; the token is in no output."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub import constants, utils
 
     def run(server, *command, HF_HUB_OFFLINE="0", **env):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -290,9 +289,12 @@ def pushed(monkeypatch, capsys):
         assert TOKEN not in done.stdout + done.stderr
         return done
 
-    disable_progress_bars()
+    reset = getattr(utils, "reset_sessions", None) or utils.close_session  # 0.x keeps one that was made offline
+    reset()
+    utils.disable_progress_bars()
     yield run
-    enable_progress_bars()
+    utils.enable_progress_bars()
+    reset()
 
 
 def refused(done, message):

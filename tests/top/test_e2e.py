@@ -227,7 +227,7 @@ def test_what_a_gpu_is_measured_with(tmp_path):
 
 @pytest.mark.once
 def test_demo(tmp_path, monkeypatch, capfd):
-    """The whole of `make demo`, with one epoch of 64 images; what is not HACL's begins in forked processes."""
+    """The whole of `make demo`, with one epoch of 64 images on two ranks; what is not HACL's begins in forked ones."""
     from hacl_llava import demo
 
     train = demo._train
@@ -238,14 +238,14 @@ def test_demo(tmp_path, monkeypatch, capfd):
         if "eval" in command:
             return Command(tmp_path, *command[command.index("eval") :]).ends()[0]
         (at,) = (i for i, x in enumerate(command) if x.endswith("_hacl.py"))
-        return Run(command[at + 1 :], log, stage=1 if "pretrain" in command[at] else 2).ends()
+        return Run(command[at + 1 :], log, stage=1 if "pretrain" in command[at] else 2, ranks=2).ends()
 
     monkeypatch.setattr(demo, "_train", begin)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the demo sets both; not for other tests
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert demo.run(demo.DemoOptions(output=str(tmp_path), images=64, epochs=1)) == 0
+    assert demo.run(demo.DemoOptions(output=str(tmp_path), images=64, epochs=1, processes=2)) == 0
     out = capfd.readouterr().out
-    assert "engine DeepSpeedEngine ZeRO-2, 1 rank on cpu, fused passes" in out
+    assert "engine DeepSpeedEngine ZeRO-2, 2 ranks on cpu, fused passes" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["seed"] == 0 and summary["heldout"] == 32 and "--hacl_centre" in summary["commands"]["HACL"][0]
     assert set(summary["pope"]) == {f"POPE mini {split}" for split in ("random", "popular", "adversarial")}
