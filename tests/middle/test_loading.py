@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import load
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -453,6 +454,8 @@ def test_quantized(mini, stage2, tmp_path):
         with pytest.raises(HaclError, match=r"pip install 'hacl-llava\[quantize\]'"):
             load_pretrained(folder, device="cpu", bits=4)
         return
+    if not torch.cuda.is_available() and transformers.__version__.startswith("4.37"):
+        pytest.skip("this transformers quantizes on a GPU alone")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = load_pretrained(folder, device="cpu", bits=4)

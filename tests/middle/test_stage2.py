@@ -265,7 +265,11 @@ def test_from_stage_one_to_an_answer(mini, stage1, records, tmp_path, capfd, mon
 
 @pytest.mark.e2e
 def test_qlora(mini, tmp_path):
-    pytest.importorskip("bitsandbytes")  # which is there where transformers quantizes on a CPU
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    if not torch.cuda.is_available() and transformers.__version__.startswith("4.37"):
+        pytest.skip("this transformers quantizes on a GPU alone")
     output = tmp_path / "llava-tiny-qlora"
     command = stage2(mini, output, None, *LORA, "--bits", "4", "--bf16", "True", "--use_cpu", "True")
     for steps in ("2", "4"):
