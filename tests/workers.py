@@ -40,6 +40,7 @@ def fork_server():
                 with contextlib.suppress(OSError):
                     os.close(file)
         importlib.reload(warnings)  # which pytest keeps to itself
+        gc.freeze()  # for all that the server will fork
         try:
             exec(command[-1], {})
         finally:
@@ -56,7 +57,6 @@ def fork_server():
 
 
 def _entry(rank, world, init, function, args, results):
-    gc.freeze()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
@@ -98,7 +98,6 @@ def run_ranks(function, *args, world=2, timeout=240):
 
 
 def _alone(results, function, args):
-    gc.freeze()
     try:
         results.put((function(*args), None))
     except BaseException:
@@ -133,7 +132,6 @@ def stock_training(argv, file=None):
 
 
 def _door(argv, stage, log, env, prepare):
-    gc.freeze()
     os.setsid()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process that no server has forked
     os.chdir(ROOT)
@@ -209,7 +207,6 @@ def trained(*args, **kwargs):
 
 
 def _command(argv, out, err, prepare):
-    gc.freeze()
     os.setsid()
     mp.set_start_method("fork", force=True)
     for stream, name in ((1, out), (2, err)):
